@@ -1,0 +1,46 @@
+# Two images: `orchestrator` (CPU PyTorch: deploys, submits, runs small curricula) and `worker` (CUDA PyTorch).
+#   docker build --target orchestrator --build-arg TORCH_OPTIONS="--index-url CPU_WHEELS" -t cropi .
+#   docker build --target worker -t cropi-worker .
+#   docker run -v cropi-data:/data cropi run demo
+#   docker run --gpus all -e PREFECT_API_URL=... -v cropi-data:/data cropi-worker
+
+FROM python:3.11-slim AS base
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    DO_NOT_TRACK=1 \
+    PREFECT_SERVER_ANALYTICS_ENABLED=false \
+    HF_HOME=/data/huggingface \
+    CROPI_HOME=/data
+# git: manifests record the revision of a mounted checkout.
+RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 cropi \
+    && install -d -o cropi -g cropi /data
+WORKDIR /opt/cropi
+COPY pyproject.toml constraints.txt README.md LICENSE prefect.yaml ./
+COPY data_schemas data_schemas
+COPY cropi_core cropi_core
+COPY tasks tasks
+COPY flows flows
+COPY deployments deployments
+COPY configs configs
+
+FROM base AS orchestrator
+# The default index would bring several GB of CUDA that nothing here uses: give PyTorch's index of CPU wheels, or any
+# mirror of it, as TORCH_OPTIONS. Its versions have a local part (+cpu), which the constraint's == admits.
+ARG TORCH_OPTIONS=""
+RUN pip install ${TORCH_OPTIONS} "$(grep '^torch==' constraints.txt)" \
+    && pip install --constraint constraints.txt --editable '.[all]'
+USER cropi
+WORKDIR /data
+VOLUME /data
+ENTRYPOINT ["cropi"]
+CMD ["--help"]
+
+FROM base AS worker
+RUN pip install --constraint constraints.txt --editable '.[all]'
+USER cropi
+WORKDIR /data
+VOLUME /data
+ENTRYPOINT ["prefect"]
+CMD ["worker", "start", "--pool", "cropi", "--limit", "1"]

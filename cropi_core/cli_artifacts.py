@@ -1,0 +1,270 @@
+"""``cropi artifacts``: look at a store, verify it, bring files in and out, name and collect artifacts."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cropi_core.cli_output import (
+    DEFAULT_ROOT,
+    AsJson,
+    Overrides,
+    Root,
+    human_bytes,
+    print_json,
+    print_summary,
+    print_table,
+)
+from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.runs import ancestors, descendants, unnamed
+from cropi_core.store import Store
+from data_schemas.manifest import Manifest
+
+app = typer.Typer(
+    help="Artifacts: list, show, verify, import, export, name, collect.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Key = Annotated[str, typer.Argument(help="A key, the beginning of one, or a tag.")]
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(entry.size for entry in manifest.files)
+
+
+@app.command("ls")
+def list_artifacts(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind.")] = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """List the artifacts, oldest first."""
+    from data_schemas.manifest import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    store = Store(root)
+    names: dict[str, list[str]] = {}
+    for tag, key in store.tags().items():
+        names.setdefault(key, []).append(tag)
+    rows: list[dict[str, Any]] = []
+    for key in store.keys(kind):
+        row: dict[str, Any] = {"key": key, "tags": sorted(names.get(key, []))}
+        try:
+            manifest = store.manifest(key)
+        except ArtifactError as error:
+            rows.append({**row, "fault": str(error)})  # one damaged artifact must not hide the others
+            continue
+        row |= {"step": manifest.step, "created": manifest.created, "bytes": _size(manifest)}
+        rows.append({**row, "seconds": manifest.seconds, "summary": manifest.summary})
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("key", "made by", "created", "size", "tags"),
+        [
+            (
+                r["key"],
+                r.get("step", "damaged"),
+                r.get("created"),
+                human_bytes(r.get("bytes", 0)),
+                " ".join(r["tags"]),
+            )
+            for r in rows
+        ],
+    )
+
+
+@app.command()
+def show(key: Key, root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
+    """Show an artifact's manifest: settings, inputs, files, summary."""
+    store = Store(root)
+    manifest = store.manifest(store.resolve(key))
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    fields = manifest.model_dump(mode="json", exclude={"files", "inputs"})
+    fields["inputs"] = {name: ref.key for name, ref in manifest.inputs.items()}
+    fields["files"] = f"{len(manifest.files)} files, {human_bytes(_size(manifest))}"
+    fields["path"] = str(store.path(manifest.key))
+    print_summary(fields, as_json=False)
+
+
+@app.command()
+def lineage(
+    key: Key,
+    down: Annotated[
+        bool, typer.Option("--down", help="What was made from it, not what it was made from.")
+    ] = False,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an artifact was made from, or what was made from it."""
+    store = Store(root)
+    key = store.resolve(key)
+    manifests = descendants(store, key) if down else ancestors(store, key)
+    if as_json:
+        inputs = [{name: ref.key for name, ref in m.inputs.items()} for m in manifests]
+        pairs = zip(manifests, inputs, strict=True)
+        print_json([{"key": m.key, "kind": m.kind, "step": m.step, "inputs": i} for m, i in pairs])
+        return
+    from rich.console import Console
+    from rich.tree import Tree
+
+    edges: dict[str, list[tuple[str, str]]] = {m.key: [] for m in manifests}
+    for manifest in manifests:
+        for name, ref in manifest.inputs.items():
+            if down and ref.key in edges:
+                edges[ref.key].append((name, manifest.key))
+            elif not down:
+                edges[manifest.key].append((name, ref.key))
+    tree, shown = Tree(key), {key}
+
+    def grow(branch: Tree, parent: str) -> None:
+        for name, child in edges[parent]:
+            # Each artifact unfolds once: every stage names the policy before it several times.
+            note = " (above)" if child in shown else "" if child in edges else " (no longer here)"
+            twig = branch.add(f"{'as ' if down else ''}{name}: {child}{note}")
+            shown.add(child)
+            if not note:
+                grow(twig, child)
+
+    grow(tree, key)
+    Console(soft_wrap=True, markup=False, highlight=False).print(tree)
+
+
+@app.command()
+def verify(
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys or tags; default: all.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Set damaged artifacts aside.")] = False,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Compare artifacts with their manifests, byte for byte; exit 1 if one is damaged."""
+    store = Store(root)
+    rows = []
+    for key in [store.resolve(name) for name in keys] if keys else _directories(store):
+        try:
+            faults = store.faults(key)
+        except ArtifactError as error:
+            rows.append({"key": key, "faults": [str(error)], "set_aside": None})
+            continue  # of another version, not damaged: never set aside
+        moved = str(store.set_aside(key, faults)) if faults and repair else None
+        rows.append({"key": key, "faults": faults, "set_aside": moved})
+    damaged = [row for row in rows if row["faults"]]
+    if as_json:
+        print_json(rows)
+    else:
+        for row in damaged:
+            typer.echo(f"{row['key']}: " + "; ".join(row["faults"]))
+            if row["set_aside"]:
+                typer.echo(f"  set aside as {row['set_aside']}; the next run computes it again")
+        typer.echo(f"{len(rows) - len(damaged)} of {len(rows)} artifacts are whole")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _directories(store: Store) -> list[str]:
+    """List every artifact directory, those that lost their manifest too."""
+    from data_schemas.manifest import KINDS
+
+    lost = [p.name for kind in KINDS for p in sorted((store.root / kind).glob(f"{kind}-v*"))]
+    known = store.keys()
+    return known + [key for key in lost if key not in known]
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="prompts, rollouts, scores, selection or policy.")],
+    path: Annotated[Path, typer.Argument(help="Parquet or JSONL file; a policy's directory.")],
+    policy: Annotated[
+        str | None, typer.Option(help="Rollouts: digest of their policy, or `unknown`.")
+    ] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(help="Rollouts: `{samples: 8, temperature: 1.0, top_p: 1.0, max_new_tokens: 512}`."),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Name for the artifact.")] = None,
+    override: Overrides = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Check a file made elsewhere and file it; pin its key or tag in a configuration to use it.
+
+    Prompts in another format are mapped with `-o columns.prompt=problem -o verifier=numeric` and the like.
+    """
+    from cropi_core.configuration import load_sections
+    from cropi_core.importing import import_artifact
+    from data_schemas.config import Sampling, TableSource
+
+    source = None
+    if override:
+        if kind != "prompts":
+            raise ConfigError(f"-o describes how prompts are read; {kind} takes no overrides")
+        head = ["source.kind=file", f"source.path='{path}'"]
+        source = load_sections({"source": TableSource}, head + [f"source.{text}" for text in override])[
+            "source"
+        ]
+    how = None
+    if sampling is not None:
+        how = load_sections({"sampling": Sampling}, [f"sampling={sampling}"])["sampling"]
+        if missing := sorted(set(Sampling.model_fields) - how.model_fields_set):
+            raise ConfigError(
+                f"--sampling lacks {', '.join(missing)}: how rollouts were sampled has no defaults"
+            )
+    store = Store(root)
+    ref = import_artifact(store, kind, path, source=source, policy=policy, sampling=how)
+    if tag is not None:
+        store.tag(tag, ref.key)
+    summary = store.manifest(ref).summary
+    if as_json:
+        print_json({**ref.model_dump(), "tag": tag, "summary": summary})
+    else:
+        typer.echo(ref.key)
+
+
+@app.command()
+def export(
+    key: Key,
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Copy an artifact's files out of the store, after verifying them."""
+    from cropi_core.importing import export_artifact
+
+    store = Store(root)
+    files = export_artifact(store, store.resolve(key), out)
+    if as_json:
+        print_json([str(path) for path in files])
+    else:
+        typer.echo(f"{len(files)} files in {out}")
+
+
+@app.command()
+def tag(name: str, key: Key, root: Root = DEFAULT_ROOT) -> None:
+    """Give an artifact a name; what has one is never collected."""
+    store = Store(root)
+    store.tag(name, store.resolve(key))
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """List the artifacts that no run and no tag needs; delete them with --yes."""
+    store = Store(root)
+    rows = []
+    for key in unnamed(store):
+        rows.append({"key": key, "bytes": _size(store.manifest(key))})
+        if yes:
+            with store.claim(key):
+                store.discard(key)
+    if as_json:
+        print_json({"deleted": yes, "artifacts": rows, "bytes": sum(row["bytes"] for row in rows)})
+        return
+    print_table(("key", "size"), [(row["key"], human_bytes(row["bytes"])) for row in rows])
+    total = human_bytes(sum(row["bytes"] for row in rows))
+    typer.echo(f"{len(rows)} artifacts, {total}: {'deleted' if yes else 'nothing was deleted, --yes does'}")

@@ -1,0 +1,108 @@
+"""What the commands share: common options, JSON for scripts, tables and progress for people."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cropi_core.errors import ConfigError
+from cropi_core.progress import Progress, Report, silent
+
+Root = Annotated[
+    Path, typer.Option(help="Directory of the artifacts.", envvar="CROPI_ROOT", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable."),
+]
+DEFAULT_ROOT = Path(".cropi")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table for people; without a terminal no cell is cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))  # Text: no markup in data
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """Print what a step says about its result."""
+    if as_json:
+        print_json(summary)
+        return
+    rows = [(name, json.dumps(v) if isinstance(v, dict | list) else v) for name, v in summary.items()]
+    print_table(("what", "value"), rows)
+
+
+def human_bytes(count: float) -> str:
+    """Say a size in the largest unit that leaves a whole number: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def named_paths(pairs: list[str], option: str) -> dict[str, Path]:
+    """Read NAME=PATH options.
+
+    Raises:
+        ConfigError: One is of another form, names what another does, or a path that does not exist.
+    """
+    named: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"{option} {pair!r} is not of the form NAME=PATH")
+        if name in named:
+            raise ConfigError(f"{option} names {name!r} twice")
+        named[name] = present(Path(path), option)
+    return named
+
+
+def present(path: Path, option: str) -> Path:
+    """Return an input path that exists.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if not path.exists():
+        raise ConfigError(f"{option} {path} does not exist; relative paths are taken from {Path.cwd()}")
+    return path
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Report]:
+    """Show progress on standard error where that is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label)
+
+        def report(progress: Progress) -> None:
+            text = f"{label} {progress.done}/{progress.total} {progress.unit} {progress.note}"
+            bar.update(task, completed=progress.done, total=progress.total, description=text)
+
+        yield report

@@ -1,0 +1,42 @@
+"""Errors that say what, the values, why, and what to do next.
+
+Every error a user can cause is a :class:`CropiError`; each subclass is also the builtin that a caller would
+expect, so ``except ValueError`` keeps working in a notebook. The command line maps them to exit codes: 2 when
+the command or the configuration was wrong, 1 when the work failed.
+"""
+
+
+class CropiError(Exception):
+    """Base of every error that cropi raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(CropiError, ValueError):
+    """The configuration or the command is wrong; nothing was run."""
+
+    exit_code = 2
+
+
+class DataError(CropiError, ValueError):
+    """An input table, file or dataset does not hold what its format promises."""
+
+
+class PolicyError(CropiError, ValueError):
+    """A checkpoint is missing, foreign or cannot be used."""
+
+
+class ArtifactError(CropiError, RuntimeError):
+    """A stored artifact is missing, damaged or of an unknown schema version."""
+
+
+class ProjectionError(CropiError, ArithmeticError):
+    """The projection's self-test failed, or a parameter is out of its reach."""
+
+
+class SelectionError(CropiError, ValueError):
+    """A subset cannot be chosen from these scores."""
+
+
+class StepError(CropiError, RuntimeError):
+    """A step failed in its own process; carries what that process said last."""

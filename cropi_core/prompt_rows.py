@@ -1,0 +1,182 @@
+"""Rows of prompts: check those of our format, map those of a foreign table, tell when two ask the same.
+
+All faults of a table are told at once, each with its first few rows; no row is repaired or left out.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from typing import Any
+
+from cropi_core.errors import ConfigError
+from cropi_core.tables import Faults
+from cropi_core.verifiers import VERIFIERS
+from data_schemas.arrow import PROMPTS
+from data_schemas.config import Columns, TableSource
+
+ROLES = ("system", "user", "assistant")
+Row = dict[str, Any]
+
+
+def check_settings(source: TableSource) -> None:
+    """Refuse settings that cannot be met or would be ignored."""
+    if "{prompt}" not in source.template:
+        raise ConfigError(
+            f"template={source.template!r} has no {{prompt}}: every prompt would be the same text"
+        )
+    if source.answer_pattern is not None:
+        try:
+            groups = re.compile(source.answer_pattern).groups
+        except re.error as error:
+            raise ConfigError(
+                f"answer_pattern={source.answer_pattern!r} is no regular expression: {error}"
+            ) from error
+        if groups < 1:
+            raise ConfigError(f"answer_pattern={source.answer_pattern!r} has no group; group 1 is the answer")
+    if source.columns is None:
+        idle = [n for n in ("answer_pattern", "system", "source") if getattr(source, n) is not None]
+        idle += ["template"] if source.template != "{prompt}" else []
+        if idle:
+            raise ConfigError(
+                f"{', '.join(idle)} without columns: a table in the prompts format is taken as it is"
+            )
+
+
+def normalise(text: str) -> str:
+    """Reduce a text to what makes it the same prompt: canonical Unicode, single spaces.
+
+    Case and compatibility forms stay: `x²` is not `x2`, and in string tasks `A` is not `a`.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def asked_text(row: Row) -> str:
+    """Join what is asked: all turns but the system's, which would hide that two sets ask the same."""
+    turns = [[m["role"], normalise(m["content"])] for m in row["messages"] if m["role"] != "system"]
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def checked_rows(rows: list[Row], what: str) -> list[Row]:
+    """Check rows of the ``prompts`` format; ``level`` and ``tags`` may be left out."""
+    faults = Faults(what)
+    required = ("prompt_id", "source", "messages", "answer", "verifier")
+    present = set().union(*rows)
+    for name in required:
+        if name not in present:
+            faults.add(
+                f"column {name!r} is missing; there are {', '.join(sorted(present))} (or set `columns`)"
+            )
+    for name in sorted(present - set(PROMPTS.names)):
+        faults.add(f"column {name!r} is not of the prompts format (or set `columns`)")
+    checked = []
+    for number, row in enumerate(rows, 1):
+        for name in ("prompt_id", "source", "answer", "verifier"):
+            if name in present:
+                _string(row, name, number, faults)
+        if isinstance(row.get("verifier"), str) and row["verifier"] not in VERIFIERS:
+            faults.add(f"verifier {row['verifier']!r} is none of {', '.join(VERIFIERS)}", number)
+        if "messages" in present and (fault := _messages_fault(row.get("messages"))):
+            faults.add(fault, number)
+        if not isinstance(row.get("level"), str | None):
+            faults.add("level is neither a string nor null", number)
+        tags = row.get("tags") or []
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            faults.add("tags is no list of strings", number)
+        checked.append({**row, "level": row.get("level"), "tags": tags})
+    _check_unique(rows, "prompt_id", faults)
+    faults.check()
+    return checked
+
+
+def _messages_fault(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "messages is no list of {role, content}, or empty"
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            return "messages holds something that is no {role, content}"
+        if message["role"] not in ROLES or not isinstance(message["content"], str):
+            return f"messages has a role other than {', '.join(ROLES)}, or content that is no string"
+    if messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
+        return "messages ends with an assistant's turn or an empty one"
+    return None
+
+
+def _string(row: Row, name: str, number: int, faults: Faults) -> str:
+    value = row.get(name)
+    if value is None:
+        faults.add(f"{name} is null", number)
+    elif not isinstance(value, str):
+        faults.add(f"{name} is {_type_name(value)}, not a string", number)
+    elif not value.strip():
+        faults.add(f"{name} is empty", number)
+    else:
+        return value
+    return ""
+
+
+def _type_name(value: Any) -> str:
+    return "NaN" if isinstance(value, float) and value != value else type(value).__name__
+
+
+def _check_unique(rows: list[Row], name: str, faults: Faults) -> None:
+    counts = Counter(str(row[name]) for row in rows if row.get(name) is not None)
+    twice = [value for value, count in counts.items() if count > 1]
+    if twice:
+        shown = ", ".join(twice[:5]) + (f", … {len(twice)} in all" if len(twice) > 5 else "")
+        faults.add(f"{name} is not unique: {shown}")
+
+
+def mapped_rows(rows: list[Row], source: TableSource, columns: Columns, what: str) -> list[tuple[str, Row]]:
+    """Turn foreign rows into prompts, each beside the normalised text that identifies it.
+
+    Integers are taken as their decimal text; floats are refused, since 18.0 could mean 18 or 18.0.
+    """
+    faults = Faults(what)
+    present = set().union(*rows)
+    wanted = {role: name for role, name in columns.model_dump().items() if name is not None}
+    for role, name in wanted.items():
+        if name not in present:
+            faults.add(f"column {name!r} (columns.{role}) is missing; there are {', '.join(sorted(present))}")
+    faults.check()
+    origin = source.source or (_slug(source.path) if source.kind == "hub" else "file")
+    head = [] if source.system is None else [{"role": "system", "content": source.system}]
+    mapped = []
+    for number, original in enumerate(rows, 1):
+        row = {
+            k: str(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in original.items()
+        }
+        text = _string(row, columns.prompt, number, faults)
+        answer = _string(row, columns.answer, number, faults)
+        if answer and source.answer_pattern is not None:
+            match = re.search(source.answer_pattern, answer)
+            answer = (match.group(1) or "").strip() if match else ""
+            if not answer:
+                faults.add(
+                    f"{columns.answer} does not match answer_pattern={source.answer_pattern!r}", number
+                )
+        level = row.get(columns.level) if columns.level else None
+        if not isinstance(level, str | None):
+            faults.add(f"{columns.level} is {_type_name(level)}, not a string", number)
+        content = normalise(text)
+        made = hashlib.sha256(content.encode()).hexdigest()[:16]
+        prompt = {
+            "prompt_id": _string(row, columns.prompt_id, number, faults) if columns.prompt_id else made,
+            "source": origin,
+            # replace and not format: prompts and templates of mathematics are full of braces
+            "messages": [*head, {"role": "user", "content": source.template.replace("{prompt}", text)}],
+            "answer": answer,
+            "verifier": source.verifier,
+            "level": level,
+            "tags": [],
+        }
+        mapped.append((content, prompt))
+    if columns.prompt_id:
+        _check_unique(rows, columns.prompt_id, faults)
+    faults.check()
+    return mapped
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().rstrip("/").rsplit("/", 1)[-1]).strip("_")[:40] or "hub"

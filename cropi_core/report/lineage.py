@@ -1,0 +1,92 @@
+"""Where a run's artifacts come from: slots, the tree behind the last one, what they were made with."""
+
+from dataclasses import dataclass
+
+import yaml
+
+from cropi_core.report.data import Artifacts
+from cropi_core.report.text import visible
+from data_schemas.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One row of the tables of timings and of lineage; ``manifest`` is None where the store has lost it."""
+
+    name: str
+    key: str
+    digest: str
+    origin: str
+    seconds: float
+    manifest: Manifest | None
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds it took when it was computed, in this run or in an earlier one."""
+        return self.manifest.seconds if self.manifest else None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One line of the tree: an artifact under what was made from it."""
+
+    depth: int
+    name: str
+    key: str
+    repeated: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the run's artifacts were made with; several values where they differ."""
+
+    versions: dict[str, list[str]]
+    revisions: list[str]
+    devices: list[str]
+    hosts: list[str]
+    configuration: str
+
+
+def run_slots(artifacts: Artifacts) -> list[Slot]:
+    """List what the run used, in the order it used it."""
+    return [
+        Slot(name, s.ref.key, s.ref.digest[:12], s.origin, s.seconds, artifacts.manifest(name))
+        for name, s in artifacts.record.slots.items()
+    ]
+
+
+def tree(artifacts: Artifacts) -> list[Branch]:
+    """Walk from the run's last artifact to everything behind it; nothing is opened twice."""
+    slots = artifacts.record.slots
+    if not slots:
+        return []
+    names = {slot.ref.key: name for name, slot in slots.items()}
+    manifests = {m.key: m for name in slots if (m := artifacts.manifest(name)) is not None}
+    last = list(slots)[-1]
+    branches: list[Branch] = []
+    seen: set[str] = set()
+    # A stack and not recursion: a thousand stages are a few thousand levels.
+    stack = [(0, last, slots[last].ref.key)]
+    while stack:
+        depth, role, key = stack.pop()
+        manifest = manifests.get(key)
+        inputs = manifest.inputs if manifest else {}
+        branches.append(Branch(depth, names.get(key, role), key, key in seen and bool(inputs)))
+        if key not in seen:
+            seen.add(key)
+            stack += [(depth + 1, name, ref.key) for name, ref in reversed(inputs.items())]
+    return branches
+
+
+def provenance(artifacts: Artifacts) -> Provenance:
+    """Collect package versions, git revisions, devices and hosts over the run's artifacts."""
+    manifests = [m for slot in artifacts.record.slots if (m := artifacts.manifest(slot)) is not None]
+    packages = sorted({name for m in manifests for name in m.versions})
+    text = yaml.safe_dump(artifacts.record.config, sort_keys=False, allow_unicode=True, width=100)
+    return Provenance(
+        versions={p: sorted({m.versions[p] for m in manifests if p in m.versions}) for p in packages},
+        revisions=sorted({m.git_revision or "not a git checkout" for m in manifests}),
+        devices=sorted({m.device for m in manifests if m.device}),
+        hosts=sorted({m.host for m in manifests}),
+        configuration="\n".join(visible(row, lines=False) for row in text.splitlines()),
+    )

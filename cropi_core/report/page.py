@@ -1,0 +1,217 @@
+"""The page of a report: gathers what the other report modules read and draw, and hands it to the template."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from cropi_core.report import plots, text
+from cropi_core.report.data import (
+    Artifacts,
+    Curve,
+    Trained,
+    accuracy_curves,
+    result_sentence,
+    shown_stages,
+    signed,
+    stage_seconds,
+    steps_after,
+    trained_stages,
+)
+from cropi_core.report.lineage import provenance, run_slots, tree
+from cropi_core.report.prompts import Example, examples
+from cropi_core.report.stages import (
+    Pool,
+    Share,
+    StageChoice,
+    overlap,
+    pass_rate_bins,
+    rank_correlation,
+    read_choice,
+    read_pool,
+    shares,
+    status_counts,
+)
+from cropi_core.store import Store
+from data_schemas.config import Config
+from data_schemas.manifest import RunRecord
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_SETS = 8
+
+
+@dataclass(frozen=True)
+class StageView:
+    """What the page shows of one stage; ``choice`` is None before the stage has measured anything."""
+
+    stage: int
+    choice: StageChoice | None = None
+    sources: list[Share] = field(default_factory=list)
+    levels: list[Share] = field(default_factory=list)
+    pass_rates: Markup | None = None
+    statuses: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    best: list[Example] = field(default_factory=list)
+    worst: list[Example] = field(default_factory=list)
+
+
+def render(store: Store, record: RunRecord) -> str:
+    """Return the page of a run as HTML."""
+    artifacts = Artifacts(store, record)
+    curves = accuracy_curves(artifacts)
+    trained = trained_stages(artifacts)
+    pool = read_pool(artifacts)
+    views = [_view(artifacts, pool, stage) for stage in shown_stages(artifacts.stages())]
+    choices = [v.choice for v in views if v.choice is not None]
+    context: dict[str, Any] = {
+        "record": record,
+        "config": artifacts.config,
+        "elapsed": _elapsed(record),
+        "progress": _progress(artifacts),
+        "sentence": result_sentence(artifacts, curves),
+        "pool_size": None if pool is None else len(pool.ids),
+        "curves": curves,
+        "figures": _learning(curves, trained),
+        "rows": _rows(artifacts, curves),
+        "trained": trained,
+        "left_out": len(artifacts.stages()) - len(views),
+        "views": views,
+        "overlaps": _matrix(choices, overlap) if any(c.selected is not None for c in choices) else [],
+        "correlations": _matrix(choices, rank_correlation),
+        "score_figures": _score_figures(choices, artifacts.config.scores.metric),
+        "absent": _absent(artifacts.config),
+        "slots": run_slots(artifacts),
+        "tree": tree(artifacts),
+        "provenance": provenance(artifacts),
+    }
+    # Last: every reader above may have found something missing.
+    return _environment().get_template("report.html.jinja").render(context, problems=artifacts.problems)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "name": text.name,
+        "line": text.line,
+        "block": text.block,
+        "num": text.number,
+        "percent": text.percent,
+        "signed": signed,
+        "duration": text.duration,
+        "moment": text.moment,
+        "memory": text.memory,
+        "anchor": lambda slot: "slot-" + "".join(c if c.isalnum() else "-" for c in slot),
+    }
+    return environment
+
+
+def _view(artifacts: Artifacts, pool: Pool | None, stage: int) -> StageView:
+    choice = None if pool is None else read_choice(artifacts, pool, stage)
+    if pool is None or choice is None:
+        return StageView(stage)
+    sources, levels, figure = [], [], None
+    if choice.selected is not None:
+        sources = shares(pool.sources, choice.selected)
+        levels = shares(pool.levels, choice.selected, in_order=True) if pool.has_levels else []
+        if (bins := pass_rate_bins(choice)) is not None:
+            figure = Markup(plots.pass_rates(*bins, stage))  # noqa: S704 - matplotlib escapes its text
+    best, worst = examples(artifacts, pool, choice) if choice.has_scores else ([], [])
+    return StageView(stage, choice, sources, levels, figure, status_counts(choice, pool), best, worst)
+
+
+def _learning(curves: list[Curve], trained: list[Trained]) -> list[tuple[str, Markup]]:
+    """Draw the learning curves and the training reward, each with its caption."""
+    drawn = []
+    for role, what in (("validation", "their gradient is the target"), ("test", "only ever evaluated")):
+        if group := [c for c in curves if c.role == role]:
+            left_out = len(group) - len(group[: plots.MOST_CURVES])
+            caption = f"{role.capitalize()} sets ({what}), 95 % intervals"
+            caption += f"; {left_out} more in the table" if left_out else ""
+            drawn.append((caption, plots.learning(group, plots.limits_of(curves), role)))
+    for metric, label, caption in (
+        ("reward", "mean training reward", "Training reward of the completions drawn for each step"),
+        ("entropy", "entropy of a token", "Entropy of the policy in training"),
+    ):
+        if (svg := plots.training(trained, metric, label)) is not None:
+            drawn.append((caption, svg))
+    return [(caption, Markup(svg)) for caption, svg in drawn]  # noqa: S704 - matplotlib escapes its text
+
+
+def _rows(artifacts: Artifacts, curves: list[Curve]) -> list[dict[str, Any]]:
+    """Build a row for the base and for every stage: accuracy by set, change since the evaluation before."""
+    stages = sorted({p.stage for c in curves for p in c.points} | set(artifacts.stages("policy")))
+    rows, before = [], None
+    for stage in stages:
+        cells = [
+            {
+                "point": c.at(stage),
+                "change": None if before is None else c.change(stage, before),
+                "unclear": before is not None and c.unclear(stage, before),
+            }
+            for c in curves
+        ]
+        steps, seconds = steps_after(artifacts, stage), stage_seconds(artifacts, stage)
+        rows.append({"stage": stage, "cells": cells, "steps": steps, "seconds": seconds})
+        if any(c.at(stage) for c in curves):
+            before = stage
+    return rows
+
+
+def _matrix(choices: list[StageChoice], compare: Any) -> list[tuple[int, list[float | None]]]:
+    """Compare every stage with every other; empty where there are not two that can be."""
+    rows = [(one.stage, [compare(one, other) for other in choices]) for one in choices]
+    known = any(v is not None for i, (_, row) in enumerate(rows) for j, v in enumerate(row) if i != j)
+    return rows if known else []
+
+
+def _score_figures(choices: list[StageChoice], metric: str) -> list[Markup]:
+    names = sorted({name for c in choices for name in c.by_set})[:MOST_SETS]
+    figures = []
+    for number, name in enumerate(names):
+        values = {c.stage: c.by_set[name] for c in choices if name in c.by_set}
+        svg = plots.score_histogram(values, name, number, metric)
+        figures.append(Markup(svg))  # noqa: S704 - matplotlib escapes its text
+    return figures
+
+
+def _elapsed(record: RunRecord) -> float | None:
+    """Return the seconds between the record's two times."""
+    if record.finished is None:
+        return None
+    try:
+        begin, end = (datetime.fromisoformat(moment) for moment in (record.started, record.finished))
+        return (end - begin).total_seconds()
+    except (ValueError, TypeError):
+        return None
+
+
+def _progress(artifacts: Artifacts) -> str:
+    """Say how far a run came."""
+    done = len(artifacts.stages("evaluation"))
+    said = f"{done} of {artifacts.config.stages} stages finished"
+    last = list(artifacts.record.slots)[-1:]
+    return f"{said}; the last artifact is {last[0]}" if last else f"{said}; no artifact yet"
+
+
+def _absent(config: Config) -> str | None:
+    """Say which parts of the report a strategy has nothing for, and why."""
+    strategy = config.selection.strategy
+    if not config.needs_rollouts:
+        return (
+            f"The strategy {strategy} chooses without looking at trajectories or gradients, so this run has "
+            "no pass rates, scores, statuses, or best and worst prompts."
+        )
+    if not config.needs_gradients:
+        return (
+            f"The strategy {strategy} looks at trajectories and at no gradient, so this run has no scores by "
+            "validation set, no split-half agreement and no drift figures."
+        )
+    return None

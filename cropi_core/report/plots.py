@@ -1,0 +1,209 @@
+"""Figures of a report as inline SVG: equal data, equal bytes; text stays text and takes the page's colours.
+
+Nothing here draws more than a bounded number of marks, however large the pool or long the run. Names come
+from users' tables: they are drawn as they are (no mathematical markup) and cut where they would not fit.
+"""
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cropi_core.report.data import Curve, Trained
+from cropi_core.report.text import cut, visible
+
+# Okabe and Ito's hues at a lightness that holds on white and on black: colour-blind safe, no theme needed.
+COLOURS = ("#2f7fc1", "#d5701f", "#1f9d78", "#b0629c", "#b08a00", "#5a9fb8", "#8a6d5a", "#7a7a86")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+GREY = "#8c8c94"
+MOST_CURVES = 8
+MOST_POINTS = 500
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib: the same layout on every machine
+    "font.size": 9,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": "black",  # black is written as no colour at all: the page sets it
+    "ytick.labelcolor": "black",
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "path.simplify": False,
+}
+
+
+@contextmanager
+def axes(size: tuple[float, float] = (5.2, 3.0)) -> Iterator[Axes]:
+    """Give axes in the report's style."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # A sign that DejaVu lacks is drawn by the reader's own font: text is text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        yield Figure(figsize=size, layout="constrained").subplots()
+
+
+def to_svg(ax: Axes, name: str, label: str) -> str:
+    """Draw a figure as an ``<svg>`` element without date, metadata or ids that another figure has too.
+
+    Args:
+        ax: The axes.
+        name: Of the figure, unique in the page.
+        label: What it shows, in words.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": f"cropi-{name}"}):
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        cast(Figure, ax.get_figure(root=True)).savefig(
+            buffer, format="svg", transparent=True, metadata=metadata
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    # The page is HTML: the namespaces are implied, and sizes are the page's business.
+    svg = re.sub(
+        r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg
+    )
+    return svg.replace("xlink:href", "href")
+
+
+def short(name: str, most: int = 18) -> str:
+    """Cut a name to what fits beside a curve."""
+    return cut(visible(name, lines=False), most)
+
+
+def learning(curves: Sequence[Curve], limits: tuple[float, float], name: str) -> str:
+    """Draw accuracy over training steps with its 95 % intervals, a curve a set, named at its end."""
+    shown = curves[:MOST_CURVES]
+    last = max((p.steps for c in shown for p in c.points), default=0) or 1
+    with axes() as ax:
+        ends = []
+        for i, curve in enumerate(shown):
+            # Side by side, so that intervals at the same step do not hide one another.
+            offset = (i - (len(shown) - 1) / 2) * 0.012 * last
+            x = [p.steps + offset for p in curve.points]
+            y = np.array([p.accuracy for p in curve.points])
+            ends_of = np.array([[p.accuracy - p.low, p.high - p.accuracy] for p in curve.points]).T
+            ax.errorbar(
+                x,
+                y,
+                yerr=np.maximum(ends_of, 0),
+                color=COLOURS[i],
+                marker=MARKERS[i],
+                markersize=4.5,
+                linewidth=1.6,
+                elinewidth=1,
+                capsize=2.5,
+                linestyle="-" if curve.role == "validation" else "--",
+            )
+            ends.append((float(y[-1]), short(curve.name), COLOURS[i]))
+        ax.set_xlim(-0.05 * last, 1.05 * last)
+        ax.set_ylim(*limits)
+        gap = 0.075 * (limits[1] - limits[0])
+        for y, (_, text, colour) in zip(spread([e[0] for e in ends], gap), ends, strict=True):
+            ax.annotate(f"— {text}", (1.06 * last, y), color=colour, va="center", annotation_clip=False)
+        ax.set_xlabel("optimizer steps")
+        ax.set_ylabel("accuracy")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return to_svg(ax, name, f"Accuracy over optimizer steps, {name} sets")
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move labels apart vertically until each two are ``gap`` apart, keeping their order and their centre."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = [heights[i] for i in order]
+    for k in range(1, len(placed)):
+        placed[k] = max(placed[k], placed[k - 1] + gap)
+    shift = (sum(placed) - sum(heights)) / max(1, len(heights))
+    result = [0.0] * len(heights)
+    for k, i in enumerate(order):
+        result[i] = placed[k] - shift
+    return result
+
+
+def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return one accuracy axis for every panel: all intervals, with air, within 0 to 1."""
+    low = min(p.low for c in curves for p in c.points)
+    high = max(p.high for c in curves for p in c.points)
+    air = max(0.04, 0.06 * (high - low))
+    return max(-0.02, low - air), min(1.02, high + air)
+
+
+def training(trained: Sequence[Trained], metric: str, label: str) -> str | None:
+    """Draw a training metric over optimizer steps, long runs as means of stretches; None without values."""
+    parts = [t for t in trained if metric in t.metrics]
+    steps = np.array([s for t in parts for s in t.steps], dtype=float)
+    values = np.array([np.nan if v is None else v for t in parts for v in t.metrics[metric]], dtype=float)
+    steps, values = steps[~np.isnan(values)], values[~np.isnan(values)]
+    if not len(steps):
+        return None
+    if len(steps) > MOST_POINTS:
+        pieces = np.array_split(np.arange(len(steps)), MOST_POINTS)
+        steps, values = (np.array([x[piece].mean() for piece in pieces]) for x in (steps, values))
+    with axes() as ax:
+        ax.plot(steps, values, color=COLOURS[0], linewidth=1.6, marker="o", markersize=2.5)
+        for t in parts[:20]:
+            ax.axvline(t.steps[0] - 0.5, color=GREY, linewidth=0.7, linestyle=":")
+            if len(parts) <= 6:
+                where = (t.steps[0] - 0.4, 1.0)
+                ax.annotate(f"stage {t.stage}", where, xycoords=("data", "axes fraction"), va="bottom")
+        ax.set_xlabel("optimizer steps")
+        ax.set_ylabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return to_svg(ax, metric, f"{label.capitalize()} by optimizer step")
+
+
+def pass_rates(pool: Sequence[float], selected: Sequence[float], stage: int) -> str:
+    """Draw ten bins of pass rate, the pool beside the selection."""
+    x = np.arange(10) / 10
+    with axes((5.2, 2.4)) as ax:
+        ax.bar(x + 0.028, pool, width=0.04, color=GREY, alpha=0.75, label="pool")
+        ax.bar(x + 0.072, selected, width=0.04, color=COLOURS[0], label="selected")
+        ax.set_xticks(np.arange(0, 11, 2) / 10)
+        ax.set_xlim(-0.01, 1.01)
+        ax.set_xlabel("pass rate of the stored trajectories")
+        ax.set_ylabel("share of prompts")
+        ax.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.16))
+        return to_svg(ax, f"pass-rate-{stage}", f"Pass rates of pool and selection, stage {stage}")
+
+
+def score_histogram(values: dict[int, np.ndarray], name: str, number: int, metric: str) -> str:
+    """Draw how similar the pool is to a validation set, a line a stage, as many as there are colours."""
+    stages = sorted(values)
+    if len(stages) > len(COLOURS):
+        stages = [stages[i] for i in np.linspace(0, len(stages) - 1, len(COLOURS)).astype(int)]
+    known = {s: values[s][np.isfinite(values[s])] for s in stages}
+    together = np.concatenate([*known.values()])
+    edges = np.histogram_bin_edges(together, bins=40)
+    with axes((5.2, 2.6)) as ax:
+        for i, (stage, found) in enumerate(known.items()):
+            counts, _ = np.histogram(found, bins=edges)
+            share = counts / max(1, len(found))
+            ax.stairs(share, edges, color=COLOURS[i], linewidth=1.5, label=f"stage {stage}")
+        ax.axvline(0, color=GREY, linewidth=0.8)
+        ax.set_xlabel(f"{metric} with {short(name, 30)}")
+        ax.set_ylabel("share of prompts")
+        ax.legend(loc="upper right")
+        return to_svg(ax, f"scores-{number}", "Scores of the pool by stage")

@@ -1,0 +1,124 @@
+"""The best and the worst prompts of a stage, with their completions: only the rows a report shows."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.dataset as ds
+
+from cropi_core.report.data import Artifacts
+from cropi_core.report.stages import Pool, StageChoice
+from cropi_core.step_functions import PROMPTS_FILE, ROLLOUTS
+
+pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them
+SHOWN_COMPLETIONS = 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion; a reward of None was not gradable, which is not 0."""
+
+    text: str
+    reward: float | None
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt of a stage, with all that speaks for or against it."""
+
+    prompt_id: str
+    source: str
+    level: str
+    rank: int
+    selected: bool
+    score: float
+    by_set: dict[str, float]
+    pass_rate: float | None
+    reason: str
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answer: str | None = None
+    completions: list[Completion] = field(default_factory=list)
+    more_completions: int = 0
+
+
+def examples(
+    artifacts: Artifacts, pool: Pool, choice: StageChoice, count: int = 5
+) -> tuple[list[Example], list[Example]]:
+    """Return the ``count`` best and the ``count`` worst prompts of a stage among those with a score.
+
+    With few scored prompts the worst are those that are not among the best.
+    """
+    scored = np.flatnonzero(~np.isnan(choice.score) & ~np.isnan(choice.rank))
+    scored = scored[np.argsort(choice.rank[scored], kind="stable")]
+    best, worst = scored[:count], scored[count:][-count:]
+    wanted = [pool.ids[i] for i in (*best, *worst)]
+    texts = _texts(artifacts, wanted)
+    said = _completions(artifacts, choice.stage, wanted)
+
+    def example(i: int) -> Example:
+        name = pool.ids[i]
+        prompt, completions = texts.get(name, {}), said.get(name, [])
+        rate = choice.pass_rate[i]
+        return Example(
+            prompt_id=name,
+            source=pool.sources[i],
+            level=pool.levels[i],
+            rank=int(choice.rank[i]),
+            selected=bool(choice.selected is not None and choice.selected[i]),
+            score=float(choice.score[i]),
+            by_set={s: float(v[i]) for s, v in choice.by_set.items()},
+            pass_rate=None if np.isnan(rate) else float(rate),
+            reason=choice.reason[i] if choice.reason else "",
+            messages=prompt.get("messages", []),
+            answer=prompt.get("answer"),
+            completions=completions[:SHOWN_COMPLETIONS],
+            more_completions=max(0, len(completions) - SHOWN_COMPLETIONS),
+        )
+
+    return [example(int(i)) for i in best], [example(int(i)) for i in worst]
+
+
+def _texts(artifacts: Artifacts, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """Read messages and answers of the wanted prompts."""
+    path = artifacts.path("prompts/pool", PROMPTS_FILE)
+    if path is None or not wanted:
+        return {}
+    columns = {name: ds.field(name) for name in ("prompt_id", "messages", "answer")}
+    return {row["prompt_id"]: row for row in _rows(artifacts, "prompts/pool", [path], columns, wanted)}
+
+
+def _completions(artifacts: Artifacts, stage: int, wanted: list[str]) -> dict[str, list[Completion]]:
+    """Read the completions of the wanted prompts that the stage's gradients were computed from."""
+    slot = artifacts.latest("rollouts/pool", stage)
+    path = artifacts.path(slot, ROLLOUTS) if slot else None
+    if path is None or not wanted:
+        return {}
+    columns = {n: ds.field(n) for n in ("prompt_id", "sample", "text", "reward", "finish_reason")}
+    columns["tokens"] = pc.list_value_length(ds.field("completion_ids"))
+    rows = _rows(artifacts, slot or "", sorted(path.glob("part-*.parquet")), columns, wanted)
+    found: dict[str, list[Completion]] = {}
+    for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
+        completion = Completion(row["text"], row["reward"], row["tokens"], row["finish_reason"])
+        found.setdefault(row["prompt_id"], []).append(completion)
+    return found
+
+
+def _rows(
+    artifacts: Artifacts, slot: str, files: list[Path], columns: dict[str, Any], wanted: list[str]
+) -> list[dict[str, Any]]:
+    """Read the rows of the wanted prompts.
+
+    They are filtered while the files are scanned, and token ids are only counted: a pool's completions are
+    never in memory at once.
+    """
+    try:
+        dataset = ds.dataset([str(file) for file in files], format="parquet")
+        return dataset.to_table(columns=columns, filter=ds.field("prompt_id").isin(wanted)).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        artifacts.problem(slot, f"prompts cannot be shown: {error}")
+        return []

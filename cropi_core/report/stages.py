@@ -1,0 +1,231 @@
+"""What a report says about each stage's choice: shares, pass rates, statuses, scores, overlaps.
+
+Columns are read, never whole tables of completions: memory grows with the number of prompts alone.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cropi_core.report.data import Artifacts
+from cropi_core.step_functions import PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
+from data_schemas.arrow import SCORE_FIXED, SELECTION, STATUSES
+
+MOST_GROUPS = 24
+"""Sources or levels a table lists; the rest of them, smallest in the pool, is one line."""
+UNMEASURED = "unmeasured"
+DRIFT = ("median_ess_share", "max_ratio", "mean_clip_fraction", "median_entropy", "median_norm")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source or a level in the pool and in the selection; counts, and their shares of the whole."""
+
+    name: str
+    pool: int
+    selected: int
+    pool_share: float
+    selected_share: float
+
+    @property
+    def enrichment(self) -> float | None:
+        """How many times more frequent it is in the selection than in the pool."""
+        return self.selected_share / self.pool_share if self.pool_share else None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pool's prompts, in its order."""
+
+    ids: list[str]
+    sources: list[str]
+    levels: list[str]
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether any prompt has a level."""
+        return any(self.levels)
+
+
+@dataclass(frozen=True)
+class StageChoice:
+    """What one stage measured and chose; arrays are in the order of the pool, NaN where nothing is known.
+
+    Attributes:
+        stage: Counted from 1.
+        selected: ``(n,)`` bool; None while the stage has not chosen.
+        rank: ``(n,)`` of the selection, or of the scores while there is none.
+        score: ``(n,)``, of the same table.
+        status: ``(n,)`` names.
+        pass_rate: ``(n,)`` mean graded reward.
+        by_set: Similarity to each validation set, ``(n,)`` each.
+        reason: ``(n,)`` sentences of the selection.
+        not_gradable: Completions of the trajectories that could not be graded.
+        drift: Figures of the gradients' manifest.
+        agreement: Split-half figures of the scores' manifest, by validation set.
+    """
+
+    stage: int
+    selected: np.ndarray | None
+    rank: np.ndarray
+    score: np.ndarray
+    status: list[str]
+    pass_rate: np.ndarray
+    by_set: dict[str, np.ndarray] = field(default_factory=dict)
+    reason: list[str] = field(default_factory=list)
+    not_gradable: int | None = None
+    drift: dict[str, Any] = field(default_factory=dict)
+    agreement: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any prompt was scored."""
+        return bool((~np.isnan(self.score)).any())
+
+
+def read_pool(artifacts: Artifacts) -> Pool | None:
+    """Read the pool's ids, sources and levels; None if it is not there."""
+    table = artifacts.table("prompts/pool", PROMPTS_FILE, ["prompt_id", "source", "level"])
+    if table is None:
+        return None
+    levels = [level or "" for level in table["level"].to_pylist()]
+    return Pool(table["prompt_id"].to_pylist(), table["source"].to_pylist(), levels)
+
+
+def read_choice(artifacts: Artifacts, pool: Pool, stage: int) -> StageChoice | None:
+    """Read what a stage measured and chose; None before it has either scores or a selection."""
+    scores = artifacts.table(f"scores@{stage}", SCORES_FILE, SCORE_FIXED, others=True)
+    selection = artifacts.table(f"selection@{stage}", SELECTION_FILE, SELECTION.names)
+    ranked = selection if selection is not None else scores
+    if ranked is None:
+        return None
+    place = _places(pool, ranked)
+    by_set, pass_rate = {}, np.full(len(pool.ids), np.nan)
+    if scores is not None:
+        where = _places(pool, scores)
+        names = [name for name in scores.column_names if name not in SCORE_FIXED]
+        by_set = {name: _floats(scores, name, where) for name in names}
+        pass_rate = _floats(scores, "mean_reward", where)
+    slot = artifacts.latest("rollouts/pool", stage)
+    if scores is None and slot is not None:
+        pass_rate = _pass_rates(artifacts, slot, pool)
+    return StageChoice(
+        stage=stage,
+        selected=None if selection is None else _floats(selection, "selected", place) == 1,
+        rank=_floats(ranked, "rank", place),
+        score=_floats(ranked, "score", place),
+        status=_strings(ranked, "status", place, UNMEASURED),
+        pass_rate=pass_rate,
+        by_set=by_set,
+        reason=[] if selection is None else _strings(selection, "reason", place, ""),
+        not_gradable=artifacts.summary(slot).get("not_gradable") if slot else None,
+        drift={name: artifacts.summary(f"gradients/pool@{stage}").get(name) for name in DRIFT},
+        agreement=artifacts.summary(f"scores@{stage}").get("sets", {}),
+    )
+
+
+def shares(groups: list[str], selected: np.ndarray, *, in_order: bool = False) -> list[Share]:
+    """Count groups in the pool and in the selection; small ones beyond many are one.
+
+    Args:
+        groups: ``(n,)`` source or level of every prompt.
+        selected: ``(n,)`` bool.
+        in_order: In the order of the names, numbers as numbers, and not the largest first.
+    """
+    pool = Counter(groups)
+    chosen = Counter(group for group, taken in zip(groups, selected, strict=True) if taken)
+    total, taken = max(1, len(groups)), max(1, int(selected.sum()))
+    names = sorted(pool, key=lambda name: (-pool[name], name))
+    listed = names if len(names) <= MOST_GROUPS else names[: MOST_GROUPS - 1]
+    if in_order:
+        listed = sorted(listed, key=_natural)
+    rows = [(name or "none", pool[name], chosen[name]) for name in listed]
+    if rest := names[len(listed) :]:
+        rows.append((f"{len(rest)} others", sum(pool[n] for n in rest), sum(chosen[n] for n in rest)))
+    return [Share(name, p, c, p / total, c / taken) for name, p, c in rows]
+
+
+def pass_rate_bins(choice: StageChoice) -> tuple[list[float], list[float]] | None:
+    """Return the shares of ten bins of pass rate, in the pool and in the selection; None if none is known."""
+    known = ~np.isnan(choice.pass_rate)
+    if not known.any():
+        return None
+    # Rounded before they are binned: 0.9 in float32 is less than 0.9, and belongs to 0.9.
+    bins = np.clip(np.floor(np.round(choice.pass_rate[known] * 10, 5)), 0, 9).astype(int)
+    taken = np.zeros(0, dtype=int) if choice.selected is None else bins[choice.selected[known]]
+    pool = np.bincount(bins, minlength=10) / len(bins)
+    return pool.tolist(), (np.bincount(taken, minlength=10) / max(1, len(taken))).tolist()
+
+
+def status_counts(choice: StageChoice, pool: Pool) -> list[tuple[str, dict[str, int]]]:
+    """Count statuses by source, most prompts first, all in the last line; empty if nothing was measured."""
+    if set(choice.status) <= {UNMEASURED}:
+        return []
+    names = [*STATUSES, *sorted(set(choice.status) - set(STATUSES))]
+    counts = Counter(zip(pool.sources, choice.status, strict=True))
+    sizes = Counter(pool.sources)
+    ordered = sorted(sizes, key=lambda s: (-sizes[s], s))
+    rows = [(s, {name: counts[s, name] for name in names}) for s in ordered[:MOST_GROUPS]]
+    total = Counter(choice.status)
+    return [*rows, ("all sources", {name: total[name] for name in names})]
+
+
+def overlap(one: StageChoice, other: StageChoice) -> float | None:
+    """Return the share of one stage's selection that the other stage selected too."""
+    if one.selected is None or other.selected is None or not one.selected.any():
+        return None
+    return float((one.selected & other.selected).sum() / one.selected.sum())
+
+
+def rank_correlation(one: StageChoice, other: StageChoice) -> float | None:
+    """Return Spearman's correlation of two stages' ranks over prompts both scored; None below three."""
+    both = ~(np.isnan(one.score) | np.isnan(other.score))
+    if both.sum() < 3:
+        return None
+    places = [np.argsort(np.argsort(c.rank[both], kind="stable"), kind="stable") for c in (one, other)]
+    return float(np.corrcoef(places[0], places[1])[0, 1])
+
+
+# -- columns -------------------------------------------------------------------------------------------------
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Order 2 before 10, numbers before words, nothing last."""
+    return not name, int(name) if name.isdecimal() and len(name) < 10 else 1 << 30, name
+
+
+def _places(pool: Pool, table: pa.Table) -> np.ndarray:
+    """Return the row of every prompt of the pool in a table, -1 where it has none."""
+    rows = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
+    return np.array([rows.get(name, -1) for name in pool.ids], dtype=np.int64)
+
+
+def _floats(table: pa.Table, name: str, place: np.ndarray) -> np.ndarray:
+    """Return a column in the order of the pool, null and missing as NaN."""
+    column = table[name].cast(pa.float32()) if pa.types.is_boolean(table[name].type) else table[name]
+    values = np.append(column.cast(pa.float64()).to_numpy().astype(np.float64), np.nan)
+    return values[place]
+
+
+def _strings(table: pa.Table, name: str, place: np.ndarray, missing: str) -> list[str]:
+    values = table[name].to_pylist()
+    return [missing if row < 0 or values[row] is None else values[row] for row in place]
+
+
+def _pass_rates(artifacts: Artifacts, slot: str, pool: Pool) -> np.ndarray:
+    """Average the graded rewards of every prompt of the pool, part by part."""
+    means = np.full(len(pool.ids), np.nan)
+    row = {name: i for i, name in enumerate(pool.ids)}
+    path = artifacts.path(slot, ROLLOUTS)
+    for part in sorted(path.glob("part-*.parquet")) if path else []:
+        table = artifacts.read(slot, part, ["prompt_id", "reward"])
+        if table is None:
+            continue
+        found = table.group_by("prompt_id").aggregate([("reward", "mean")])
+        for name, mean in zip(found["prompt_id"].to_pylist(), found["reward_mean"].to_pylist(), strict=True):
+            if name in row and mean is not None:
+                means[row[name]] = mean
+    return means

@@ -1,0 +1,385 @@
+"""Choose the subset of the pool that a stage trains on, and say of every prompt why.
+
+    summary = select(
+        prompts=Path("prompts.parquet"), scores=Path("scores.parquet"), rollouts=None,
+        out=Path("selection.parquet"), settings=Selection(strategy="influence", ratio=0.1), seed=0,
+    )
+
+A strategy is a value for every prompt; the best ``ratio`` of the pool is taken. Prompts without a value (dead
+ones) are never taken, but count as part of the pool: a tenth is a tenth of what was collected.
+
+References:
+    CROPI, arXiv 2510.26491: selection of the top α by influence, and the baselines it is compared with.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cropi_core.errors import ConfigError, DataError, SelectionError
+from cropi_core.influence import SETTINGS_KEY, fuse, order, ranks, tie_keys
+from cropi_core.tables import write_parquet
+from data_schemas.arrow import SCORE_FIXED, SELECTION
+from data_schemas.config import Scores, Selection
+
+UNMEASURED = "unmeasured"
+"""Status of every prompt when the strategy reads neither scores nor trajectories."""
+TOO_FEW = "too_few_gradable"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about each prompt of a pool, in the order of the pool; NaN where nothing is.
+
+    Attributes:
+        prompt_ids: ``(n,)``.
+        status: ``(n,)`` names of ``data_schemas.arrow.STATUSES``, or ``unmeasured``.
+        pass_rate: ``(n,)`` mean of the graded rewards.
+        grad_norm: ``(n,)``.
+        score: ``(n,)`` fused influence.
+        rank: ``(n,)`` its rank.
+        votes: ``(n,)`` sentence that says which sets voted; empty without influence scores.
+    """
+
+    prompt_ids: list[str]
+    status: list[str]
+    pass_rate: np.ndarray
+    grad_norm: np.ndarray
+    score: np.ndarray
+    rank: np.ndarray
+    votes: list[str]
+
+
+def select(
+    *,
+    out: Path,
+    prompts: Path | None = None,
+    scores: Path | None = None,
+    rollouts: Path | None = None,
+    settings: Selection = Selection(),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the selection table of a pool.
+
+    Args:
+        out: Parquet file to write; it appears whole or not at all.
+        prompts: Parquet file of the pool; the ids of ``scores`` when None.
+        scores: Scores table; ``influence`` and ``grad_norm`` need it.
+        rollouts: Directory of ``part-*.parquet``, or one file; ``learnability`` and ``pass_rate`` need it or
+            scores.
+        settings: Strategy and ratio.
+        seed: Of the random draw and of the order among equals.
+
+    Returns:
+        A summary in JSON types; ``short_by`` says how many prompts are missing because too few are eligible.
+
+    Raises:
+        ConfigError: The strategy is unknown, or what it needs is not given.
+        DataError: A table does not hold what its format promises.
+        SelectionError: Scores or trajectories are of other prompts than the pool, or no prompt is eligible.
+    """
+    check_inputs(settings.strategy, scores, rollouts)
+    pool = _pool(prompts, scores)
+    evidence = gather(pool.column("prompt_id").to_pylist(), scores, rollouts)
+    keys = tie_keys(evidence.prompt_ids, seed)
+    values = worth(evidence, settings)
+    best = positions(evidence, values, settings, keys)
+    if not len(best):
+        raise SelectionError(
+            f"no prompt of {prompts or scores} can be selected by {settings.strategy} ({_counted(evidence.status)}): "
+            "collect more samples a prompt, raise the temperature, or choose another pool"
+        )
+    n = len(keys)
+    wanted = subset_size(settings.ratio, n) if settings.strategy != "full" else n
+    selected, rank = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int32)
+    selected[best[:wanted]] = True
+    rank[best] = np.arange(1, len(best) + 1)
+    table = pa.table(
+        [
+            pa.array(evidence.prompt_ids, pa.string()),
+            pa.array(selected),
+            pa.array(rank, mask=rank == 0),
+            pa.array(values, mask=np.isnan(values)),
+            pa.array(evidence.status, pa.string()),
+            pa.array(reasons(evidence, settings, rank, selected), pa.string()),
+        ],
+        schema=SELECTION,
+    )
+    write_parquet(table, out)
+    return {
+        "strategy": settings.strategy,
+        "ratio": settings.ratio,
+        "pool": n,
+        "eligible": len(best),
+        "selected": int(selected.sum()),
+        "short_by": wanted - int(selected.sum()),
+        "status": dict(sorted(Counter(evidence.status).items())),
+        "sources": _by_group(pool.column("source").to_pylist(), selected),
+        "levels": _by_group([x or "none" for x in pool.column("level").to_pylist()], selected),
+        "pass_rate": _histogram(evidence.pass_rate, selected),
+    }
+
+
+def check_inputs(strategy: str, scores: Path | None, rollouts: Path | None) -> None:
+    """Refuse a strategy whose evidence was not given.
+
+    Raises:
+        ConfigError: It needs a scores table, or one of scores and rollouts.
+    """
+    if strategy in ("influence", "grad_norm") and scores is None:
+        raise ConfigError(f"selection.strategy={strategy} needs a scores table; none was given")
+    if strategy in ("learnability", "pass_rate") and scores is None and rollouts is None:
+        raise ConfigError(
+            f"selection.strategy={strategy} needs rollouts or a scores table; neither was given"
+        )
+
+
+def subset_size(ratio: float, pool: int) -> int:
+    """Return how many prompts a ratio of the pool is: rounded half up, at least 1.
+
+    In decimal arithmetic: 0.29 · 50 is 14.5 to a reader and 14.499… to a float.
+    """
+    return max(1, math.floor(Fraction(str(ratio)) * pool + Fraction(1, 2)))
+
+
+def worth(evidence: Evidence, settings: Selection) -> np.ndarray:
+    """Value every prompt under a strategy, ``(n,)`` float32; NaN where it has none.
+
+    * ``influence``: the fused score.
+    * ``grad_norm``: ‖∇J‖ of prompts with a gradient.
+    * ``learnability``: p(1 − p), which is the variance of a reward of 0 or 1; none where it is zero.
+    * ``pass_rate``: −|p − target|.
+    * ``random``, ``full``: none, their order needs none.
+
+    Raises:
+        ConfigError: The strategy is unknown.
+        SelectionError: ``learnability`` of rewards that are not between 0 and 1.
+    """
+    p, nothing = evidence.pass_rate, np.full(len(evidence.prompt_ids), np.nan)
+    status = np.array(evidence.status)
+    known = np.where(status == TOO_FEW, np.nan, p)
+    if settings.strategy == "influence":
+        values = np.where(np.isnan(evidence.rank), np.nan, evidence.score)
+    elif settings.strategy == "grad_norm":
+        values = np.where(status == "ok", evidence.grad_norm, np.nan)
+    elif settings.strategy == "learnability":
+        if ((p < 0) | (p > 1)).any():
+            raise SelectionError(
+                f"learnability p(1-p) takes rewards between 0 and 1; mean rewards here go from "
+                f"{np.nanmin(p):.3g} to {np.nanmax(p):.3g}"
+            )
+        values = np.where(known * (1 - known) > 0, known * (1 - known), np.nan)
+    elif settings.strategy == "pass_rate":
+        values = -np.abs(known - settings.pass_rate_target)
+    elif settings.strategy in ("random", "full"):
+        values = nothing
+    else:
+        raise ConfigError(f"selection.strategy={settings.strategy!r} is unknown")
+    return values.astype(
+        np.float32
+    )  # ranked as stored; 0.3 and 0.7 are equally far from 0.5 only after rounding
+
+
+def positions(evidence: Evidence, values: np.ndarray, settings: Selection, keys: np.ndarray) -> np.ndarray:
+    """Return the positions of the eligible prompts, best first, equal ones in seeded order.
+
+    ``influence`` follows the rank of the scores table, ``full`` the order of the pool.
+    """
+    if settings.strategy == "random":
+        return np.argsort(keys, kind="stable")
+    if settings.strategy == "full":
+        return np.arange(len(keys))
+    eligible = np.flatnonzero(~np.isnan(values))
+    if settings.strategy == "influence":
+        values = -evidence.rank
+    return eligible[order(values[eligible], keys[eligible])]
+
+
+def reasons(evidence: Evidence, settings: Selection, rank: np.ndarray, selected: np.ndarray) -> list[str]:
+    """Say of every prompt why it stands where it stands, as a fragment of a sentence."""
+    values, p = worth(evidence, settings), evidence.pass_rate
+    said = []
+    for i, status in enumerate(evidence.status):
+        if settings.strategy == "full":
+            said.append("the whole pool")
+        elif settings.strategy == "random":
+            said.append("random draw" if selected[i] else "not drawn")
+        elif not rank[i]:
+            said.append(f"dead: {status}" if status != "ok" else f"nothing to learn: pass rate {p[i]:.3f}")
+        elif settings.strategy == "influence":
+            said.append(evidence.votes[i])
+        elif settings.strategy == "grad_norm":
+            said.append(f"gradient norm {values[i]:.3g}")
+        elif settings.strategy == "learnability":
+            said.append(f"pass rate {p[i]:.3f}, p(1-p) {values[i]:.3f}")
+        else:
+            said.append(f"pass rate {p[i]:.3f}, {-values[i]:.3f} from {settings.pass_rate_target:g}")
+    return said
+
+
+def gather(prompt_ids: list[str], scores: Path | None, rollouts: Path | None) -> Evidence:
+    """Collect what is known about the prompts of a pool, matched by id and never by place.
+
+    Statuses come from the scores if there are any; pass rates from the trajectories if there are any.
+    """
+    if len(set(prompt_ids)) != len(prompt_ids):
+        raise DataError(f"{len(prompt_ids) - len(set(prompt_ids))} prompt ids of the pool occur twice")
+    unknown = np.full(len(prompt_ids), np.nan)
+    figures = {"mean_reward": unknown, "grad_norm": unknown, "score": unknown, "rank": unknown}
+    status, votes = [UNMEASURED] * len(prompt_ids), [""] * len(prompt_ids)
+    if scores is not None:
+        table = _read(scores, list(SCORE_FIXED), others=True)  # the other columns are the validation sets
+        table = table.take(_match(prompt_ids, table.column("prompt_id").to_pylist(), f"scores {scores}"))
+        figures = {name: _floats(table.column(name)) for name in figures}
+        status, votes = table.column("status").to_pylist(), _votes(table)
+    if rollouts is not None:
+        table = pass_rates(rollouts)
+        table = table.take(_match(prompt_ids, table.column("prompt_id").to_pylist(), f"rollouts {rollouts}"))
+        figures["mean_reward"] = _floats(table.column("pass_rate"))
+        if scores is None:
+            status = table.column("status").to_pylist()
+    return Evidence(
+        prompt_ids,
+        status,
+        figures["mean_reward"],
+        figures["grad_norm"],
+        figures["score"],
+        figures["rank"],
+        votes,
+    )
+
+
+def pass_rates(path: Path) -> pa.Table:
+    """Average the graded rewards of each prompt.
+
+    Args:
+        path: Directory of ``part-*.parquet``, or one file; only ``prompt_id`` and ``reward`` are read.
+
+    Returns:
+        ``prompt_id``, ``pass_rate`` (null if nothing was graded), ``status``.
+    """
+    parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    if not parts:
+        raise DataError(f"{path} has no part-*.parquet")
+    table = pa.concat_tables([_read(part, ["prompt_id", "reward"]) for part in parts])
+    if np.isnan(table.column("reward").drop_null().to_numpy()).any():
+        raise DataError(f"{path} has rewards that are NaN; what cannot be graded is null")
+    by_prompt = table.group_by("prompt_id", use_threads=False)  # one thread: sums in one order
+    groups = by_prompt.aggregate(
+        [("reward", "mean"), ("reward", "count"), ("reward", "min"), ("reward", "max")]
+    )
+    status = [
+        TOO_FEW if count < 2 else "zero_variance" if low == high else "ok"
+        for count, low, high in zip(
+            *(groups.column(f"reward_{name}").to_pylist() for name in ("count", "min", "max")), strict=True
+        )
+    ]
+    columns = [groups.column("prompt_id"), groups.column("reward_mean"), pa.array(status, pa.string())]
+    return pa.table(columns, names=["prompt_id", "pass_rate", "status"])
+
+
+def _votes(table: pa.Table) -> list[str]:
+    """Say for each row of scores which sets voted and how: ``rrf: reverse #3 (0.412), sort #87 (0.055)``."""
+    names = [name for name in table.column_names if name not in SCORE_FIXED]
+    live = np.flatnonzero(~np.isnan(_floats(table.column("rank"))))
+    sentences = [""] * table.num_rows
+    if not len(live) or not names:
+        return sentences
+    values = np.stack([_floats(table.column(name))[live] for name in names], axis=1).astype(np.float32)
+    ids = np.array(table.column("prompt_id").to_pylist(), dtype=object)[live]
+    recipe = json.loads((table.schema.metadata or {}).get(SETTINGS_KEY, b"null"))
+    if recipe:
+        settings = Scores.model_validate(recipe["settings"])
+        kind, (_, _, votes) = settings.fusion, fuse(values, settings, tie_keys(list(ids), recipe["seed"]))
+    else:  # a table made elsewhere: how its sets were fused is not known, where a prompt stands in each is
+        keys = tie_keys(list(ids), 0)
+        kind, votes = "influence", np.stack([ranks(values[:, v], keys) for v in range(len(names))], axis=1)
+    for row, places, figures in zip(live, votes, values, strict=True):
+        spoke = sorted((place, v) for v, place in enumerate(places) if place)
+        said = ", ".join(f"{names[v]} #{place} ({figures[v]:.3f})" for place, v in spoke)
+        sentences[row] = f"{kind}: {said or 'no set voted'}"
+    return sentences
+
+
+def _match(prompt_ids: list[str], found: list[str], what: str) -> list[int]:
+    """Return where each prompt of the pool stands in ``found``.
+
+    Raises:
+        SelectionError: The two do not have the same prompts, each once; the first few differences are named.
+    """
+    place = {prompt_id: row for row, prompt_id in enumerate(found)}
+    faults = []
+    if len(place) != len(found):
+        faults.append(f"{len(found) - len(place)} ids occur twice")
+    for text, missing in (
+        ("of the pool are missing", [i for i in prompt_ids if i not in place]),
+        ("are not in the pool", sorted(set(place) - set(prompt_ids))),
+    ):
+        if missing:
+            named = ", ".join(map(repr, missing[:5])) + (", …" if len(missing) > 5 else "")
+            faults.append(f"{len(missing)} prompts {text} ({named})")
+    if faults:
+        raise SelectionError(
+            f"{what} and the pool do not go together: {'; '.join(faults)}; compute them again"
+        )
+    return [place[prompt_id] for prompt_id in prompt_ids]
+
+
+def _pool(prompts: Path | None, scores: Path | None) -> pa.Table:
+    """Read who is in the pool: a prompts table, or at least the ids that were scored."""
+    if prompts is not None:
+        return _read(prompts, ["prompt_id", "source", "level"])
+    if scores is None:
+        raise ConfigError(
+            "a selection needs a prompts table or a scores table: without either there is no pool"
+        )
+    ids = _read(scores, ["prompt_id"])
+    nothing = pa.nulls(len(ids), pa.string())
+    return ids.append_column("source", nothing.fill_null("unknown")).append_column("level", nothing)
+
+
+def _read(path: Path, columns: list[str], *, others: bool = False) -> pa.Table:
+    """Read the given columns of a Parquet file, or with ``others`` all; a missing one is an error."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
+                raise DataError(f"{path} lacks the columns {', '.join(lacking)}")
+            return file.read() if others else file.read(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as float64, null as NaN."""
+    return column.cast(pa.float64()).to_numpy().astype(np.float64)
+
+
+def _counted(status: list[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(Counter(status).items()))
+
+
+def _by_group(groups: list[str], selected: np.ndarray) -> dict[str, dict[str, int]]:
+    chosen = Counter(group for group, taken in zip(groups, selected, strict=True) if taken)
+    return {name: {"pool": n, "selected": chosen[name]} for name, n in sorted(Counter(groups).items())}
+
+
+def _histogram(p: np.ndarray, selected: np.ndarray) -> dict[str, list] | None:
+    """Count pass rates in ten bins from 0 to 1, in the pool and in the subset; None if none is known."""
+    if np.isnan(p).all():
+        return None
+    # Rounded before they are binned: 0.9 in float32 is less than 0.9, and belongs to 0.9.
+    bins = np.clip(np.floor(np.round(p[~np.isnan(p)] * 10, 5)), 0, 9).astype(int)
+    taken = selected[~np.isnan(p)]
+    return {
+        "edges": [i / 10 for i in range(11)],
+        "pool": np.bincount(bins, minlength=10).tolist(),
+        "selected": np.bincount(bins[taken], minlength=10).tolist(),
+    }

@@ -1,0 +1,176 @@
+"""What each step does with its input directories: the bridge from artifacts to the modules that know how.
+
+One function a step, called by :func:`cropi_core.steps.run_step`; each fills ``work.out`` and returns the summary
+that goes into the manifest. File names inside artifacts are decided here and nowhere else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cropi_core.steps import Work
+from cropi_core.store import SCRATCH
+from data_schemas.config import (
+    Evaluation,
+    Gradients,
+    Grading,
+    Objective,
+    Projection,
+    Sampling,
+    Scores,
+    Selection,
+    Source,
+    Training,
+)
+
+PROMPTS_FILE = "prompts.parquet"
+CHECKPOINT = "checkpoint"
+METRICS_FILE = "metrics.parquet"
+ROLLOUTS = "parts"
+GRADIENTS = "gradients.zarr"
+SCORES_FILE = "scores.parquet"
+SELECTION_FILE = "selection.parquet"
+EVALUATION_FILE = "completions.parquet"
+ACCURACY_FILE = "accuracy.json"
+
+
+def prompts_step(work: Work) -> dict[str, Any]:
+    """Read or generate one set of prompts into ``prompts.parquet``."""
+    from cropi_core.prompts import load_source, summarise, write_prompts
+
+    settings = work.spec.settings
+    source: Source = TypeAdapter(Source).validate_python(settings["source"])
+    table, dropped = load_source(source, settings["split"], work.spec.location.get("path"))
+    write_prompts(table, work.out / PROMPTS_FILE)
+    return summarise(table) | {"dropped": dropped}
+
+
+def policy_step(work: Work) -> dict[str, Any]:
+    """Copy a checkpoint into the store, after checking that it is one."""
+    from cropi_core.policy import copy_checkpoint
+
+    return copy_checkpoint(Path(work.spec.location["path"]), work.out / CHECKPOINT)
+
+
+def rollouts_step(work: Work) -> dict[str, Any]:
+    """Sample and grade completions, part by part."""
+    from cropi_core.rollouts import collect
+
+    settings = work.spec.settings
+    return collect(
+        policy=work.inputs["policy"] / CHECKPOINT,
+        policy_digest=work.spec.inputs["policy"].digest,
+        prompts=work.inputs["prompts"] / PROMPTS_FILE,
+        out=work.out / ROLLOUTS,
+        sampling=Sampling.model_validate(settings["sampling"]),
+        grading=Grading.model_validate(settings["grading"]),
+        dtype=settings["dtype"],
+        seed=settings["seed"],
+        shard_prompts=settings["shard_prompts"],
+        runtime=work.runtime,
+        report=work.report,
+    )
+
+
+def gradients_step(work: Work) -> dict[str, Any]:
+    """Compute projected gradients of the objective, shard by shard."""
+    from cropi_core.gradients import compute
+
+    settings = work.spec.settings
+    return compute(
+        policy=work.inputs["policy"] / CHECKPOINT,
+        policy_digest=work.spec.inputs["policy"].digest,
+        rollouts=work.inputs["rollouts"] / ROLLOUTS,
+        out=work.out / GRADIENTS,
+        objective=Objective.model_validate(settings["objective"]),
+        projection=Projection.model_validate(settings["projection"]),
+        layout=Gradients.model_validate(settings["layout"]),
+        max_new_tokens=settings["max_new_tokens"],
+        dtype=settings["dtype"],
+        runtime=work.runtime,
+        report=work.report,
+    )
+
+
+def scores_step(work: Work) -> dict[str, Any]:
+    """Score stored features against validation targets."""
+    from cropi_core.influence import score
+
+    prefix = "validation."
+    validation = {
+        name.removeprefix(prefix): path / GRADIENTS
+        for name, path in work.inputs.items()
+        if name.startswith(prefix)
+    }
+    return score(
+        train=work.inputs["train"] / GRADIENTS,
+        validation=validation,
+        out=work.out / SCORES_FILE,
+        settings=Scores.model_validate(work.spec.settings["scores"]),
+        seed=work.spec.settings["seed"],
+        report=work.report,
+    )
+
+
+def selection_step(work: Work) -> dict[str, Any]:
+    """Choose the subset."""
+    from cropi_core.selection import select
+
+    scores, rollouts = work.inputs.get("scores"), work.inputs.get("rollouts")
+    return select(
+        prompts=work.inputs["prompts"] / PROMPTS_FILE,
+        scores=scores / SCORES_FILE if scores else None,
+        rollouts=rollouts / ROLLOUTS if rollouts else None,
+        out=work.out / SELECTION_FILE,
+        settings=Selection.model_validate(work.spec.settings["selection"]),
+        seed=work.spec.settings["seed"],
+    )
+
+
+def training_step(work: Work) -> dict[str, Any]:
+    """Train one GRPO stage on the selected prompts."""
+    from cropi_core.training import train
+
+    settings = work.spec.settings
+    reference = work.inputs.get("reference")
+    return train(
+        policy=work.inputs["policy"] / CHECKPOINT,
+        reference=reference / CHECKPOINT if reference else None,
+        prompts=work.inputs["prompts"] / PROMPTS_FILE,
+        selection=work.inputs["selection"] / SELECTION_FILE,
+        out=work.out / CHECKPOINT,
+        metrics=work.out / METRICS_FILE,
+        scratch=work.out / SCRATCH,
+        training=Training.model_validate(settings["training"]),
+        objective=Objective.model_validate(settings["objective"]),
+        grading=Grading.model_validate(settings["grading"]),
+        dtype=settings["dtype"],
+        seed=settings["seed"],
+        runtime=work.runtime,
+        report=work.report,
+        keep_scratch=True,  # until the manifest is there
+    )
+
+
+def evaluation_step(work: Work) -> dict[str, Any]:
+    """Measure accuracy by set."""
+    from cropi_core.evaluation import evaluate
+
+    settings = work.spec.settings
+    prefix = "prompts."
+    sets = {n.removeprefix(prefix): p / PROMPTS_FILE for n, p in work.inputs.items() if n.startswith(prefix)}
+    return evaluate(
+        policy=work.inputs["policy"] / CHECKPOINT,
+        policy_digest=work.spec.inputs["policy"].digest,
+        sets=sets,
+        completions=work.out / EVALUATION_FILE,
+        accuracy=work.out / ACCURACY_FILE,
+        scratch=work.out / SCRATCH,
+        settings=Evaluation.model_validate(settings["evaluation"]),
+        grading=Grading.model_validate(settings["grading"]),
+        dtype=settings["dtype"],
+        runtime=work.runtime,
+        report=work.report,
+        keep_scratch=True,  # until the manifest is there
+    )

@@ -1,0 +1,92 @@
+"""Metrics of a GRPO stage: from the trainer's log to one Parquet row an optimizer step, and to the summary.
+
+There is no wall-clock in the table, so equal stages give equal bytes.
+"""
+
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from cropi_core.errors import CropiError
+
+COLUMNS = {
+    "loss": "loss",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "entropy": "entropy",
+    "completion_length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "clip_ratio": "clip_ratio/region_mean",
+    "clip_ratio_low": "clip_ratio/low_mean",
+    "clip_ratio_high": "clip_ratio/high_mean",
+    "frac_reward_zero_std": "frac_reward_zero_std",
+    "not_gradable": "not_gradable",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+}
+"""Our column to TRL's key. ``reward``, ``reward_std``, ``completion_length`` (tokens), ``truncated``
+(share), ``frac_reward_zero_std`` and ``not_gradable`` (count) are of the completions generated for the step,
+null on a step that reuses them (iterations > 1); ``kl`` is null without a reference; ``grad_norm`` is taken
+before clipping."""
+
+METRICS = pa.schema(
+    [pa.field("step", pa.int32(), False), *[pa.field(name, pa.float64()) for name in COLUMNS]]
+)
+"""One row an optimizer step; ``step`` counts from 1."""
+
+
+class TrainingError(CropiError, ArithmeticError):
+    """A stage left the finite numbers, or did not fit into memory."""
+
+
+def check_finite(step: int, log: dict[str, Any]) -> None:
+    """Check the loss and the gradient norm of a step.
+
+    Raises:
+        TrainingError: One of them is NaN or infinite; nothing of this step is kept.
+    """
+    for name in ("loss", "grad_norm"):
+        value = log.get(name)
+        if value is not None and not math.isfinite(value):
+            raise TrainingError(
+                f"step {step}: {name} is {value}; lower training.learning_rate={log.get('learning_rate')} or "
+                "training.max_grad_norm, or look for infinities in the start policy"
+            )
+
+
+def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
+    """Turn the trainer's log history into the table of :data:`METRICS`.
+
+    Args:
+        history: Entries of ``TrainerState.log_history``; those without a loss (the closing one) are left out.
+
+    Returns:
+        Rows in the order of steps.
+    """
+    rows = [
+        {"step": entry["step"], **{ours: entry.get(theirs) for ours, theirs in COLUMNS.items()}}
+        for entry in history
+        if "loss" in entry
+    ]
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["step"]), schema=METRICS)
+
+
+def reward_summary(table: pa.Table) -> dict[str, float | int | None]:
+    """Average the reward over the first and the last quarter of the stage, and count what was not gradable.
+
+    A quarter holds at least one step; a mean is None where no step of it had a graded completion.
+    """
+    rewards = table["reward"].to_pylist()
+    quarter = max(1, len(rewards) // 4)
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        "first_quarter_reward": mean(rewards[:quarter]),
+        "last_quarter_reward": mean(rewards[-quarter:]),
+        "not_gradable": int(sum(v or 0 for v in table["not_gradable"].to_pylist())),
+    }

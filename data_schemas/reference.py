@@ -1,0 +1,87 @@
+"""Write the reference of the configuration: ``python -m data_schemas.reference > docs/configuration.md``."""
+
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from data_schemas.config import Columns, Config, Sampling, Section, TableSource, WorldSource
+
+HEADER = """# Configuration
+
+Made by `python -m data_schemas.reference`. One YAML file; every field has a default unless it says *required*. Fields
+of `runtime` change speed and place, never results, and are part of no artifact's key; everything else is part of the
+key of what it changes. Override on the command line: `-o section.field=value`, any number of times.
+"""
+
+
+def reference() -> str:
+    """Return the reference as Markdown: a table a section, in the order of :class:`Config`."""
+    parts = [HEADER, _table("Top level", Config, top=True)]
+    for name, field in Config.model_fields.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, Section):
+            parts.append(_table(f"`{name}`", model))
+    for title, model in [
+        ("A world source (`kind: world`)", WorldSource),
+        ("A table source (`kind: file` or `kind: hub`)", TableSource),
+        ("`columns` of a table source", Columns),
+        (
+            "Sampling (`rollouts.pool`, `rollouts.validation`, `training.sampling`, `evaluation.sampling`)",
+            Sampling,
+        ),
+    ]:
+        parts.append(_table(title, model))
+    return "\n".join(parts)
+
+
+def _table(title: str, model: type[BaseModel], *, top: bool = False) -> str:
+    lines = [
+        f"\n## {title}\n",
+        (model.__doc__ or "").split("\n")[0],
+        "",
+        "| field | type | default | |",
+        "|---|---|---|---|",
+    ]
+    for name, field in model.model_fields.items():
+        section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        if top and section and name != "data":
+            continue
+        kind = _kind(field.annotation).replace("|", "\\|")
+        lines.append(f"| `{name}` | {kind} | {_default(field)} | {field.description or ''} |")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "*required*"
+    value = (
+        field.default
+        if field.default is not PydanticUndefined
+        else field.get_default(call_default_factory=True)
+    )
+    if isinstance(value, BaseModel):
+        changed = value.model_dump(exclude_defaults=True)
+        return f"`{changed}`" if changed else "its defaults"
+    return f"`{value}`"
+
+
+def _kind(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(f"`{v}`" for v in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " | ".join(_kind(a) for a in get_args(annotation))
+    if origin is dict:
+        return " → ".join(_kind(a) for a in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+if __name__ == "__main__":
+    print(reference())

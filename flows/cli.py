@@ -1,0 +1,174 @@
+"""The command `cropi`: the library's commands, and `run`, which goes through Prefect.
+
+    cropi run demo --root .cropi -o stages=1
+
+Prefect is imported inside `run` only; every other command works where it is not installed.
+"""
+
+import gc
+import importlib.util
+import json
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from cropi_core.cli import app
+from cropi_core.cli_output import DEFAULT_ROOT, AsJson, Overrides, Root
+from cropi_core.configuration import load_config
+from cropi_core.errors import ConfigError, CropiError
+from data_schemas.config import Config
+from data_schemas.manifest import StepName
+
+INTERRUPTED = 130
+"""Exit code of a command stopped by Ctrl-C: 128 and the signal's number."""
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a preset.")],
+    root: Root = DEFAULT_ROOT,
+    override: Overrides = None,
+    refresh: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Compute this step again; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no HTML report.")] = False,
+) -> None:
+    """Run a curriculum through Prefect, or go on with it."""
+    settings = load_config(config, override or [])
+    steps = checked_steps(refresh or [])
+    require_prefect()
+    root = root.expanduser().resolve()
+    try:
+        with ExitStack() as stack:
+            outcome = run_flow(settings, root, steps, stack, quiet=quiet or as_json)
+            report = None if no_report else write_html(root, outcome["run"])
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(outcome | {"report": str(report) if report else None}, indent=1))
+    else:
+        show_end(root, outcome["run"], report)
+
+
+def checked_steps(names: list[str]) -> list[StepName]:
+    """Check the steps to compute again.
+
+    Raises:
+        ConfigError: One is no step.
+    """
+    known: tuple[StepName, ...] = get_args(StepName)
+    if wrong := [name for name in names if name not in known]:
+        raise ConfigError(f"--refresh {wrong[0]}: no such step; there are {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def require_prefect() -> None:
+    """Refuse to run without Prefect.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    if importlib.util.find_spec("prefect") is None:
+        raise ConfigError("`cropi run` needs Prefect, which is not installed: pip install 'cropi[flows]'")
+
+
+def run_flow(
+    config: Config, root: Path, refresh: list[StepName], stack: ExitStack, *, quiet: bool
+) -> dict[str, Any]:
+    """Run the flow and return the run's summary.
+
+    Args:
+        config: What to run.
+        root: Directory of the artifacts.
+        refresh: Steps to compute again.
+        stack: Ends the server that is started where the user has none.
+        quiet: Show no progress.
+    """
+    from cropi_core.store import Store
+    from flows.display import watcher
+    from flows.environment import prepare
+
+    Store(root).prepare()
+    url = prepare(root)
+    view = watcher(quiet=quiet)
+    server = None
+    if url is None:
+        from flows.server import local_server
+
+        home = Path(os.environ["PREFECT_HOME"]).expanduser()
+        if not (home / "prefect.db").exists():
+            view.note(f"making Prefect's database under {home}, once")
+        server = stack.enter_context(local_server(home))
+        os.environ["PREFECT_API_URL"] = server.url
+    # Imported while the server comes up.
+    from flows.curriculum import curriculum
+    from flows.environment import quiet_console
+    from flows.server import settle
+    from tasks.execution import watched_by
+
+    quiet_console()
+    logging.getLogger("cropi_core").setLevel(logging.INFO)
+    if server is None:
+        with view.context(), watched_by(view):
+            return curriculum(config=config, root=str(root), refresh=refresh or None)
+    server.wait()
+    try:
+        with view.context(), watched_by(view):
+            return curriculum(config=config, root=str(root), refresh=refresh or None)
+    finally:
+        settle()
+        server.release()  # it ends while the report is written
+
+
+def write_html(root: Path, run: str) -> Path | None:
+    """Write the run's HTML report; where its packages are missing, say so."""
+    from cropi_core.report import write_report
+    from cropi_core.store import Store
+
+    try:
+        return write_report(Store(root), run)
+    except ImportError as error:
+        print(f"no report: {error.name} is not installed: pip install 'cropi[report]'", file=sys.stderr)
+        return None
+
+
+def show_end(root: Path, run: str, report: Path | None) -> None:
+    """Print the tables and what can be done next."""
+    from cropi_core.runs import load_run
+    from cropi_core.store import Store
+    from flows.display import show_summary
+    from flows.summary import summarise
+
+    store = Store(root)
+    show_summary(summarise(load_run(store, run), store.manifest))
+    print(f"run {run}, artifacts under {root}")
+    if report:
+        print(f"report {report}")
+    print(f"next: cropi artifacts ls --root {root}; or again with -o selection.ratio=0.2 or --refresh scores")
+
+
+def main() -> None:
+    """Run the command line; what a user can cause is one line on standard error."""
+    try:
+        app(prog_name="cropi")
+    except CropiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        # Nothing is left to collect, and looking through PyTorch's objects at exit takes a second.
+        gc.freeze()
+
+
+if __name__ == "__main__":
+    main()

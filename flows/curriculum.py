@@ -1,0 +1,118 @@
+"""The flow `cropi`: a curriculum through Prefect, every step a cached task.
+
+    from flows.curriculum import curriculum
+    summary = curriculum(preset="demo", stages=1, root=".cropi")
+
+Stopping it at any instant and calling it again goes on: finished steps come from the cache, the one under
+way from its last whole shard.
+"""
+
+import json
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field, ValidationError
+
+from cropi_core import curriculum as core
+from cropi_core.configuration import load_config
+from cropi_core.errors import ConfigError, CropiError
+from cropi_core.runs import load_run, run_id
+from data_schemas.config import Config
+from data_schemas.manifest import RunRecord, StepName
+from flows.summary import as_json, as_markdown, summarise
+from tasks.execution import Executor
+from tasks.publish import publish_run
+
+DEFAULT_ROOT = ".cropi"
+
+
+def configured(
+    config: Config | None, preset: str, stages: int | None, seed: int | None, ratio: float | None
+) -> Config:
+    """Put the knobs of the form over a configuration or a preset.
+
+    Raises:
+        ConfigError: There is no such preset, or the knobs contradict the configuration.
+    """
+    if config is None:
+        knobs = {"stages": stages, "seed": seed, "selection.ratio": ratio}
+        return load_config(preset, [f"{name}={json.dumps(v)}" for name, v in knobs.items() if v is not None])
+    changed = config.model_dump(mode="json")
+    changed |= {name: v for name, v in (("stages", stages), ("seed", seed)) if v is not None}
+    if ratio is not None:
+        changed["selection"]["ratio"] = ratio
+    try:
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+
+
+def _flow_run_name() -> str:
+    """Name a flow run by its run; what is wrong with the configuration is told by the flow itself."""
+    given = dict(flow_run.parameters)
+    names = ("config", "preset", "stages", "seed", "ratio")
+    try:
+        return run_id(configured(**{name: given[name] for name in names}))
+    except CropiError:
+        return str(given["preset"])
+
+
+@flow(name="cropi", flow_run_name=_flow_run_name, retries=0)
+def curriculum(
+    config: Annotated[Config | None, Field(description="A whole configuration. Empty: the preset's.")] = None,
+    preset: Annotated[
+        str, Field(min_length=1, max_length=500, description="Name of a file of configs/, or a YAML file.")
+    ] = "demo",
+    root: Annotated[
+        str | None,
+        Field(min_length=1, description="Directory of the artifacts. Empty: .cropi of the checkout."),
+    ] = None,
+    stages: Annotated[
+        int | None, Field(ge=1, le=1000, description="Stages, over the configuration's.")
+    ] = None,
+    seed: Annotated[int | None, Field(ge=0, lt=2**31, description="Seed, over the configuration's.")] = None,
+    ratio: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of the pool a stage trains on, over the configuration's."),
+    ] = None,
+    refresh: Annotated[
+        list[StepName] | None,
+        Field(max_length=8, description="Steps to compute again although they are there."),
+    ] = None,
+) -> dict[str, Any]:
+    """Run a curriculum, or go on with it.
+
+    Args:
+        config: A whole configuration. Empty: the preset's.
+        preset: Name of a file of `configs/`, or a YAML file.
+        root: Directory of the artifacts. Empty: `.cropi` in the working directory.
+        stages: Stages, over the configuration's.
+        seed: Seed, over the configuration's.
+        ratio: Share of the pool a stage trains on, over the configuration's.
+        refresh: Steps to compute again; what follows is computed if its inputs changed by that.
+
+    Returns:
+        The run's summary: accuracy by stage and set, what was selected, seconds, and the artifacts by slot.
+    """
+    log = get_run_logger()
+    settings = configured(config, preset, stages, seed, ratio)
+    execute = Executor(root or DEFAULT_ROOT, log, refresh or ())
+    store = execute.store
+    log.info("run %s under %s", run_id(settings), store.root)
+    try:
+        record = core.curriculum(settings, store, execute, notify=log.warning)
+    except BaseException:
+        _show(execute, load_run(store, run_id(settings)))
+        raise
+    return _show(execute, record)
+
+
+def _show(execute: Executor, record: RunRecord) -> dict[str, Any]:
+    """Show the run as far as it came, in the UI, and return its summary."""
+    store = execute.store
+    execute.show_rest()
+    summary = summarise(record, store.manifest)
+    publish_run(as_markdown(summary, str(store.root)), return_state=True)
+    return as_json(summary)

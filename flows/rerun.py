@@ -1,0 +1,178 @@
+"""One step of an existing run again, with some settings changed: what the single-step flows share.
+
+The step is rebuilt from the manifest of the artifact the run used at that place, so that whatever is not
+changed is what it was. The run's record is left alone: the new artifact is used by pinning it (`pin:
+{scores@1: KEY}`) or by handing its key to the next single step, and is kept from `cropi artifacts gc` by a
+tag.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect.logging import get_run_logger
+from pydantic import BaseModel, ValidationError
+
+from cropi_core.errors import ConfigError
+from cropi_core.runs import load_run, slot_ref
+from cropi_core.store import Store
+from data_schemas.config import (
+    Config,
+    Evaluation,
+    Objective,
+    Projection,
+    Sampling,
+    Scores,
+    Selection,
+    Training,
+)
+from data_schemas.manifest import ArtifactRef, RunRecord, StepName, StepSpec
+from tasks.execution import Executor
+from tasks.steps import store_at
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "sampling": Sampling,
+    "objective": Objective,
+    "projection": Projection,
+    "scores": Scores,
+    "selection": Selection,
+    "training": Training,
+    "evaluation": Evaluation,
+}
+"""Sections of a step's settings, as its manifest keeps them."""
+
+
+def rerun(
+    slot: str,
+    run: str,
+    root: str,
+    changes: Mapping[str, Any],
+    inputs: Mapping[str, str | ArtifactRef | None],
+    refresh: bool,
+) -> dict[str, Any]:
+    """Rebuild the step at ``slot``, change it, execute it and show what it made.
+
+    Args:
+        slot: Place in the run, such as `scores@1`.
+        run: Id of the run.
+        root: Directory of the artifacts.
+        changes: Settings by section and name; None leaves one as it was.
+        inputs: Other artifacts to take, by input name; None takes the run's.
+        refresh: Compute it again even if it is there.
+
+    Raises:
+        CropiError: There is no such run or slot, or the changed settings cannot be.
+    """
+    store = store_at(root)
+    spec = changed_spec(store, load_run(store, run), slot, changes, inputs)
+    execute = Executor(root, get_run_logger(), [spec.step] if refresh else [])
+    result = execute(spec)
+    execute.show_rest()
+    return {
+        "run": run,
+        "slot": slot,
+        "ref": result.ref.model_dump(),
+        "origin": "cached" if result.cached else "computed",
+        "path": str(store.path(result.ref)),
+        "pin": {slot: result.ref.key},
+    }
+
+
+def changed_spec(
+    store: Store,
+    record: RunRecord,
+    slot: str,
+    changes: Mapping[str, Any],
+    inputs: Mapping[str, str | ArtifactRef | None],
+) -> StepSpec:
+    """Build a step from the artifact a run used, with other settings and inputs.
+
+    Raises:
+        ArtifactError: The run has no such slot, or an input is not there.
+        ConfigError: The artifact was imported, so no step made it; or the settings cannot be.
+    """
+    manifest = store.manifest(slot_ref(record, slot))
+    if manifest.step == "import":
+        raise ConfigError(
+            f"{slot} of run {record.run} is {manifest.key}, which was imported: no step can be repeated"
+        )
+    taken = dict(manifest.inputs)
+    for name, other in inputs.items():
+        if other is not None:
+            taken[name] = (
+                other if isinstance(other, ArtifactRef) else store.manifest(store.resolve(other)).ref
+            )
+    settings = changed_settings(manifest.step, manifest.settings, changes)
+    config = consistent(record.config, settings)
+    return StepSpec(
+        step=manifest.step,
+        slot=slot,
+        settings=settings,
+        inputs=taken,
+        runtime=config.runtime.model_dump(mode="json"),
+    )
+
+
+def changed_settings(
+    step: StepName, settings: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Lay changes over a step's settings: a section's by name, or one value such as the seed.
+
+    Raises:
+        ConfigError: The step has no such setting, or a value is out of its bounds.
+    """
+    changed = dict(settings)
+    for name, value in changes.items():
+        if value is None:
+            continue
+        if name not in changed:
+            raise ConfigError(f"{step} has no setting {name!r}; it has {', '.join(sorted(changed))}")
+        if name not in SECTIONS:
+            changed[name] = value
+            continue
+        section = _over(changed[name], value)
+        try:
+            # What is stored may be a part of a section (training keeps three fields of the objective).
+            changed[name] = (
+                SECTIONS[name].model_validate(section).model_dump(mode="json", include=set(section))
+            )
+        except ValidationError as error:
+            faults = "; ".join(f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{step}: {faults}") from error
+    return changed
+
+
+def consistent(config: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
+    """Put a step's settings into the configuration of its run and return it, if they can hold together.
+
+    Raises:
+        ConfigError: They contradict one another.
+    """
+    sections = {
+        name: {**config[name], **settings[name]} for name in SECTIONS if name in config and name in settings
+    }
+    try:
+        return Config.model_validate({**config, **sections})
+    except ValidationError as error:
+        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+
+
+def _over(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for name, value in new.items():
+        if isinstance(value, Mapping):
+            merged[name] = _over(old[name], value)
+        elif value is not None:
+            merged[name] = value
+    return merged
+
+
+def latest(record: RunRecord, name: str, stage: int) -> ArtifactRef:
+    """Return what a run used for ``name`` in ``stage``: that stage's, or the last one's before it.
+
+    Raises:
+        ArtifactError: No stage up to this one has it.
+    """
+    for number in range(stage, 0, -1):
+        if f"{name}@{number}" in record.slots:
+            return record.slots[f"{name}@{number}"].ref
+    return slot_ref(record, f"{name}@{stage}")

@@ -1,0 +1,167 @@
+"""A Prefect server for the time of one command, on a loopback port.
+
+Prefect's own temporary server does the same with more waiting: the client imports the whole server before
+it starts one, and only then goes on. Here the server is a process started first, while the command imports
+what it needs. It is the same application on the same database (``PREFECT_HOME``), with the services that an
+ephemeral server runs.
+
+The process ends when its standard input does, so it cannot outlive the command, whatever ended that.
+
+    python -m flows.server PORT
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cropi_core.errors import CropiError
+
+STARTUP_S = 180.0
+"""The first start writes the database's tables, 20 s on two busy cores."""
+SHUTDOWN_S = 15.0
+
+
+class LocalServer:
+    """A server that is coming up; :meth:`wait` until it is there."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.log = home / "server.log"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        checkout = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
+        environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PYTHONPATH": path}
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server", str(self.port)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # Ctrl-C is for the command; the server has to hear afterwards that the run was stopped.
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Block until the server answers.
+
+        Raises:
+            CropiError: It ended, or did not answer in time; its log is named.
+        """
+        deadline = time.monotonic() + STARTUP_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise CropiError(
+                    f"Prefect's server ended at its start (exit {self.process.returncode}): {self._tail()}"
+                )
+            if self._healthy():
+                return
+            time.sleep(0.05)
+        raise CropiError(
+            f"Prefect's server did not answer at {self.url} within {STARTUP_S:.0f} s: {self._tail()}"
+        )
+
+    def release(self) -> None:
+        """Let the server finish what it holds and end; :meth:`stop` waits for that."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def stop(self) -> None:
+        """End the server."""
+        self.release()
+        try:
+            self.process.wait(SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 - our own address
+                return answer.status == 200
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"see {self.log}" + (f"; it ends with {lines[-1].strip()!r}" if lines else "")
+
+
+@contextmanager
+def local_server(home: Path) -> Iterator[LocalServer]:
+    """Start a server on the database below ``home`` and stop it at the end; it is not awaited here."""
+    server = LocalServer(home)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    """Ask the system for a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def settle(timeout: float = 10.0) -> None:
+    """Send what Prefect still holds, and wait until the newest flow run's task runs are recorded to the last.
+
+    Task runs reach the database as events, in order. A server stopped right after the flow loses the last of
+    them, and the run would be shown with steps that never ended.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    from tasks.publish import SHOW_RUN
+
+    APILogWorker.drain_all(timeout=timeout)
+    EventsWorker.drain_all(timeout=timeout, at_exit=False)
+    deadline = time.monotonic() + timeout
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+        chosen = FlowRunFilter(id=FlowRunFilterId(any_=[run.id for run in newest]))
+        while newest and time.monotonic() < deadline:
+            last = client.read_task_runs(
+                flow_run_filter=chosen, sort=TaskRunSort.EXPECTED_START_TIME_DESC, limit=1
+            )
+            if last and last[0].name == SHOW_RUN and last[0].state and last[0].state.is_final():
+                return
+            time.sleep(0.1)
+
+
+def serve(port: int) -> None:
+    """Serve until standard input ends."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    )
+
+    def end_with_the_command() -> None:
+        sys.stdin.buffer.read()
+        server.should_exit = True
+        time.sleep(SHUTDOWN_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_the_command, daemon=True).start()
+    server.run()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,56 @@
+"""Tasks that show a run in Prefect's UI, fed from manifests alone.
+
+They are never cached: a step that came from the cache runs no code of its own, so what shows it has to be
+another task. Every step's table holds one row a slot and is published again, under the same key, as the run
+goes on.
+"""
+
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from data_schemas.manifest import StepName
+from tasks.steps import store_at
+from tasks.tables import step_rows
+
+KEYS: dict[StepName, str] = {
+    step: f"cropi-{step}"
+    for step in ("rollouts", "gradients", "scores", "selection", "training", "evaluation")
+}
+"""Key of a step's table in the UI."""
+RUN_KEY = "cropi-run"
+SHOW_RUN = "show run"
+"""Name of the last task run of every run."""
+
+
+@task(task_run_name="show {step}", cache_policy=NO_CACHE, persist_result=False)
+def publish(step: StepName, root: str, slots: list[dict[str, str]]) -> None:
+    """Show the artifacts of one kind of step.
+
+    Args:
+        step: The step.
+        root: Directory of the artifact store.
+        slots: `slot`, `key` and `origin` of each artifact, in the order they were made.
+    """
+    store = store_at(root)
+    rows: list[dict[str, Any]] = [
+        row
+        for entry in slots
+        for row in step_rows(step, entry["slot"], entry["origin"], store.manifest(entry["key"]))
+    ]
+    files = f"`{store.path(slots[-1]['key'])}`"
+    create_table_artifact(
+        rows[-50:], key=KEYS[step], description=f"Newest row last. Files of the last: {files}"
+    )
+
+
+@task(task_run_name=SHOW_RUN, cache_policy=NO_CACHE, persist_result=False)
+def publish_run(markdown: str) -> None:
+    """Show the run as a whole.
+
+    Args:
+        markdown: What is shown.
+    """
+    create_markdown_artifact(markdown, key=RUN_KEY, description="The run, stage by stage.")

@@ -1,0 +1,84 @@
+"""One Prefect task a step, cached by the key of the artifact it makes.
+
+The cache key of a task run is the artifact's key, and nothing else: equal settings and equal inputs hit
+across runs, flows and machines that share a root, whatever the task's own text. Records lie beside the
+artifacts, under ``<root>/.prefect-results``, as JSON. A record is only a pointer, so whoever calls a task
+says whether the artifact is still whole (:mod:`tasks.execution` does).
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import Task
+from prefect.cache_policies import CacheKeyFnPolicy
+
+from cropi_core.progress import Report, silent
+from cropi_core.steps import STEP_NAMES, run_step, step_key
+from cropi_core.store import Store
+from data_schemas.manifest import ArtifactRef, StepName, StepSpec
+from tasks.progress import in_the_ui
+
+if TYPE_CHECKING:
+    from prefect.context import TaskRunContext
+
+RECORDS = ".prefect-results"
+"""Directory of Prefect's records below a root."""
+
+DESCRIPTIONS: dict[StepName, str] = {
+    "prompts": "Read or generate one set of prompts.",
+    "policy": "Copy the base checkpoint into the store.",
+    "rollouts": "Sample and grade completions of the policy.",
+    "gradients": "Compute projected policy gradients, one row a prompt.",
+    "scores": "Score the pool by its influence on the validation sets.",
+    "selection": "Choose the prompts a stage trains on.",
+    "training": "Train one GRPO stage.",
+    "evaluation": "Measure accuracy on the validation and test sets.",
+}
+
+
+@cache
+def store_at(root: str) -> Store:
+    """Open a store once a process, so that a file that has not moved is hashed once and not at every look."""
+    return Store(root)
+
+
+def artifact_cache_key(context: "TaskRunContext", parameters: dict[str, Any]) -> str:
+    """Name a task run's record by the artifact it makes."""
+    return step_key(parameters["spec"])
+
+
+def make_artifact(spec: StepSpec, root: str, report: Report = silent, refresh: bool = False) -> ArtifactRef:
+    """Find or compute the artifact of a step, in this process or in one of its own.
+
+    Args:
+        spec: The step; `spec.runtime` says where and how it runs.
+        root: Directory of the artifact store.
+        report: Called with progress.
+        refresh: Compute it again even if it is there.
+    """
+    store = store_at(root)
+    with in_the_ui(spec.slot, report) as both:
+        return run_step(spec, store, report=both, refresh=refresh).ref
+
+
+def step_task(step: StepName, root: str, *, refresh_record: bool) -> Task[..., ArtifactRef]:
+    """Return a step's task, its records kept under ``root``; ``refresh_record`` passes an old one by."""
+    return TASKS[step].with_options(result_storage=Path(root) / RECORDS, refresh_cache=refresh_record)
+
+
+def _task(step: StepName) -> Task[..., ArtifactRef]:
+    return Task(
+        make_artifact,
+        name=step,
+        description=DESCRIPTIONS[step],
+        task_run_name="{spec.slot}",
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=artifact_cache_key),
+        persist_result=True,
+        # Prefect's default is pickle, and a pickle is a program that runs when it is read.
+        result_serializer="json",
+    )
+
+
+TASKS: dict[StepName, Task[..., ArtifactRef]] = {step: _task(step) for step in STEP_NAMES}
+"""The tasks by step."""

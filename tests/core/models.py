@@ -1,0 +1,96 @@
+"""Tiny real models and rollouts for tests: random weights, float32, a few thousand parameters."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from cropi_core.world.tokenizer import build_tokenizer
+from data_schemas.arrow import ROLLOUTS
+from data_schemas.config import Sampling
+
+
+def tiny_model(kind="llama", seed=0, tie=True):
+    """Build a model of two layers; weights are large enough that no gradient vanishes."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "tie_word_embeddings": tie,
+    }
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common))
+    else:
+        config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
+            kind
+        ]
+        model = cls(
+            config(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                initializer_range=0.2,
+                **common,
+            )
+        )
+    for parameter in model.parameters():  # norms at exactly one would hide a slope that is wrong elsewhere
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval(), tokenizer
+
+
+def save_tiny(directory, kind="llama", seed=0, tie=True):
+    """Write a tiny checkpoint."""
+    model, tokenizer = tiny_model(kind, seed, tie)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def random_rollouts(
+    path, prompts=5, samples=4, seed=0, temperature=1.0, longest=12, vocabulary=40, dead=(), ungraded=()
+):
+    """Write rollouts of random tokens, lengths, log-probabilities and rewards."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    rows = []
+    for p in range(prompts):
+        prompt = torch.randint(4, vocabulary, (integer(3, 9),), generator=generator).tolist()
+        for s in range(samples):
+            length = integer(1, longest)
+            rows.append(
+                {
+                    "prompt_id": f"p{p}",
+                    "sample": s,
+                    "prompt_ids": prompt,
+                    "completion_ids": torch.randint(0, vocabulary, (length,), generator=generator).tolist(),
+                    "behavior_logprobs": (-3 * torch.rand(length, generator=generator)).tolist(),
+                    "text": "",
+                    "reward": 1.0 if p in dead else float(s % 2 == 0) + 0.25 * integer(0, 3),
+                    "finish_reason": "stop",
+                }
+            )
+            if (p, s) in ungraded:
+                rows[-1]["reward"] = None
+    sampling = Sampling(samples=samples, temperature=temperature, max_new_tokens=longest)
+    metadata = {b"cropi.sampling": json.dumps(sampling.model_dump()).encode(), b"cropi.policy": b"test"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUTS.with_metadata(metadata)), path)
+    return path

@@ -1,0 +1,260 @@
+"""A stored feature is the gradient of the objective: against autograd, however it was batched, for every layer type."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from core.models import random_rollouts, save_tiny, tiny_model
+from torch import nn
+
+from cropi_core.errors import ProjectionError
+from cropi_core.features import FeatureEngine
+from cropi_core.gradient_store import GradientStore
+from cropi_core.gradients import compute
+from cropi_core.policy import load_policy
+from cropi_core.progress import silent
+from data_schemas.config import Gradients, Objective, Projection, Runtime
+
+EXACT = Projection(kind="none", dtype="float32")
+L_MAX = 12
+
+
+def extract(tmp_path, policy, rollouts, name="g", objective=None, projection=EXACT, layout=None, **runtime):
+    out = tmp_path / f"{name}.zarr"
+    compute(
+        policy=policy,
+        policy_digest="d",
+        rollouts=rollouts,
+        out=out,
+        objective=objective or Objective(),
+        projection=projection,
+        layout=layout or Gradients(rows_per_shard=4, block_rows=2),
+        max_new_tokens=L_MAX,
+        dtype="float32",
+        runtime=Runtime(device="cpu", threads=1, **runtime),
+        report=silent,
+    )
+    return GradientStore.open(out)
+
+
+def reference(policy, rollouts, objective, temperature):
+    """Differentiate the surrogate itself, one unpadded completion at a time, in float64."""
+    model, _ = load_policy(policy, "float32", "cpu", attention="eager")
+    model = model.double()
+    parameters = list(model.parameters())
+    groups = {}
+    for row in pq.read_table(rollouts).to_pylist():
+        if row["reward"] is not None:
+            groups.setdefault(row["prompt_id"], []).append(row)
+    features = {}
+    for name, rows in groups.items():
+        rewards = np.array([r["reward"] for r in rows])
+        if np.ptp(rewards) == 0:
+            continue
+        lengths = [len(r["completion_ids"]) for r in rows]
+        centred = rewards - rewards.mean()
+        advantage = centred / (rewards.std(ddof=1) + 1e-4) if objective.scale_rewards else centred
+        total = torch.zeros((), dtype=torch.float64)
+        for row, a, length in zip(rows, advantage, lengths, strict=True):
+            ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+            logits = model(ids, use_cache=False).logits[0, len(row["prompt_ids"]) - 1 : -1] / temperature
+            logp = logits.log_softmax(-1).gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+            log_ratio = logp - torch.tensor(row["behavior_logprobs"], dtype=torch.float64)
+            ratio = log_ratio.exp()
+            # The surrogate as written, differentiated through the ratio: ∇ρ = ρ ∇ log π.
+            if objective.ratio == "none":
+                term = logp * a
+            elif objective.ratio == "token":
+                term = ratio * a
+            elif objective.ratio == "token_clip":
+                e = objective.clip_epsilon
+                term = torch.minimum(ratio * a, ratio.clamp(1 - e, 1 + e) * a)
+            elif objective.ratio == "sequence":
+                term = log_ratio.mean().exp().detach() * logp * a
+            else:
+                term = log_ratio.sum().exp().clamp(max=objective.ratio_cap).detach() * logp * a
+            scale = {
+                "grpo": 1 / (len(rows) * length),
+                "dapo": 1 / sum(lengths),
+                "bnpo": 1 / sum(lengths),
+                "dr_grpo": 1 / (len(rows) * L_MAX),
+            }[objective.loss_type]
+            total = total + scale * term.sum()
+        gradient = torch.autograd.grad(total, parameters)
+        features[name] = torch.cat([g.flatten() for g in gradient]).numpy()
+    return features
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tie"), [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", True)]
+)
+def test_feature_is_the_gradient(tmp_path, kind, tie):
+    """Linear with and without bias, Conv1D, norms with and without bias, learned positions, tied and untied heads."""
+    policy = save_tiny(tmp_path / "policy", kind, tie=tie)
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3)
+    store = extract(tmp_path, policy, rollouts)
+    expected = reference(policy, rollouts, Objective(), 1.0)
+    for i, name in enumerate(store.column("prompt_id")):
+        row = store.rows(i, i + 1)[0]
+        assert relative(row, expected[name]) < 1e-5
+        assert store.column("norm")[i] == pytest.approx(np.linalg.norm(expected[name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("ratio", ["none", "token", "token_clip", "sequence", "sequence_truncated"])
+def test_every_objective_is_its_surrogate(tmp_path, loss_type, ratio):
+    """Estimator mistakes 5 and 6: the scoring loss is the training loss, whatever the lengths."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=2, seed=1)
+    objective = Objective(loss_type=loss_type, ratio=ratio, scale_rewards=loss_type != "dr_grpo")
+    store = extract(tmp_path, policy, rollouts, objective=objective)
+    for i, expected in enumerate(reference(policy, rollouts, objective, 1.0).values()):
+        assert relative(store.rows(i, i + 1)[0], expected) < 1e-5
+
+
+def test_temperature_is_that_of_the_rollouts(tmp_path):
+    """Mistake 4: sampled at T = 0.5, the ratio and the gradient are at T = 0.5."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=2, temperature=0.5)
+    store = extract(tmp_path, policy, rollouts)
+    at_half = reference(policy, rollouts, Objective(), 0.5)
+    at_one = reference(policy, rollouts, Objective(), 1.0)
+    assert relative(store.rows(0, 1)[0], at_half["p0"]) < 1e-5
+    assert relative(store.rows(0, 1)[0], at_one["p0"]) > 0.1
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_any_micro_batch_split_gives_the_same_rows(tmp_path, budget):
+    """Mistakes 3 and 5: neither padding nor the number of micro-batches enters a row; also for groups cut in pieces."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=6, dead=(2,), ungraded=((1, 0), (4, 3)))
+    for advantages in ("plain", "reweighted"):
+        objective = Objective(advantages=advantages)
+        whole = extract(tmp_path, policy, rollouts, f"whole-{advantages}", objective)
+        split = extract(tmp_path, policy, rollouts, f"split-{advantages}", objective, token_budget=budget)
+        for i in np.flatnonzero(whole.column("status") == 0):
+            assert relative(split.rows(i, i + 1)[0], whole.rows(i, i + 1)[0]) < 1e-5
+            assert split.column("ess")[i] == pytest.approx(whole.column("ess")[i], rel=1e-4)
+
+
+def test_neighbours_and_order_do_not_enter_a_row(tmp_path):
+    """The same prompt alone, among others, and among others in another order."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=6)
+    table = pq.read_table(rollouts)
+    order = np.argsort([-int(n[1:]) for n in table["prompt_id"].to_pylist()], kind="stable")
+    pq.write_table(table.take(order), tmp_path / "reversed.parquet")
+    one = table.filter([n == "p3" for n in table["prompt_id"].to_pylist()])
+    pq.write_table(one, tmp_path / "one.parquet")
+    stores = [
+        extract(tmp_path, policy, path, path.stem)
+        for path in (rollouts, tmp_path / "reversed.parquet", tmp_path / "one.parquet")
+    ]
+    rows = [s.rows(i, i + 1)[0] for s in stores for i in np.flatnonzero(s.column("prompt_id") == "p3")]
+    assert len(rows) == 3
+    assert relative(rows[1], rows[0]) < 1e-5
+    assert relative(rows[2], rows[0]) < 1e-5
+
+
+def test_bytes_do_not_depend_on_shards_or_workers(tmp_path):
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=9)
+    sketch = Projection(k=64, density=0.5, dtype="float32")
+    base = extract(tmp_path, policy, rollouts, "a", projection=sketch)
+    for name, layout, workers in [
+        ("b", Gradients(rows_per_shard=2, block_rows=2), 1),
+        ("c", Gradients(rows_per_shard=8, block_rows=2), 1),
+        ("d", Gradients(rows_per_shard=2, block_rows=2), 2),
+    ]:
+        other = extract(tmp_path, policy, rollouts, name, projection=sketch, layout=layout, workers=workers)
+        assert other.rows(0, 9).tobytes() == base.rows(0, 9).tobytes()
+        for column in ("norm", "ess", "entropy", "status", "tokens"):
+            assert other.column(column).tobytes() == base.column(column).tobytes()
+
+
+def test_dead_prompts_cost_nothing_and_say_why(tmp_path, monkeypatch):
+    """Mistakes 9 and 14: equal rewards are skipped with a status; not gradable is left out, not zero."""
+    policy = save_tiny(tmp_path / "policy")
+    ungraded = ((1, 0), (1, 1), (1, 2), (2, 1))
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3, dead=(0,), ungraded=ungraded)
+    seen = []
+    project = FeatureEngine.project
+    monkeypatch.setattr(
+        FeatureEngine, "project", lambda s, b, *a: seen.append(b.prompts) or project(s, b, *a)
+    )
+    store = extract(tmp_path, policy, rollouts)
+    assert store.column("status").tolist() == [1, 3, 0]
+    assert sum(seen) == 1
+    assert not store.rows(0, 2).any()
+    expected = reference(policy, rollouts, Objective(), 1.0)["p2"]
+    assert relative(store.rows(2, 3)[0], expected) < 1e-5
+
+
+def test_projected_is_the_projection_of_the_full_gradient(tmp_path):
+    """Both forms: the engine's shortcuts (rows and columns, touched embedding rows) equal P·S of the whole gradient."""
+    policy = save_tiny(tmp_path / "policy", tie=False)
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3)
+    full = extract(tmp_path, policy, rollouts, "full")
+    for form in ("factored", "uniform"):
+        projection = Projection(k=64, density=0.3, form=form, dtype="float32")
+        store = extract(tmp_path, policy, rollouts, form, projection=projection)
+        model, _ = load_policy(policy, "float32", "cpu")
+        engine = FeatureEngine(model, projection)
+        for i in range(3):
+            gradient, expected, begin = full.rows(i, i + 1)[0], np.zeros(64), 0
+            for sketch in engine.sketches.values():
+                m, n = sketch.shape
+                block = gradient[begin : begin + m * n]
+                begin += m * n
+                flat = (
+                    sketch.kept
+                    if sketch.kept is not None
+                    else (sketch.rows[:, None] * n + sketch.columns).flatten()
+                )
+                cells = sketch.cells.numpy()
+                signs = np.where(cells >= 64, -1.0, 1.0)
+                np.add.at(expected, cells % 64, sketch.scale * signs * block[flat.numpy()])
+            assert relative(store.rows(i, i + 1)[0], expected) < 1e-5
+
+
+class _Odd(nn.Module):
+    """A module whose parameter is squared: not affine."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return x * self.weight**2
+
+
+def test_a_module_out_of_reach_is_named():
+    model, _ = tiny_model()
+    model.model.layers[0].input_layernorm = _Odd(32)
+    with pytest.raises(ProjectionError, match=r"_Odd.*model\.layers\.0\.input_layernorm\.weight"):
+        FeatureEngine(model, EXACT)
+
+
+def test_a_module_that_is_never_called_is_named(tmp_path):
+    from cropi_core.features import Batch
+
+    model, _ = tiny_model(tie=False)
+    lost = nn.Linear(32, 32)
+    model.model.layers[1].extra = lost
+    engine = FeatureEngine(model, EXACT)
+    ids = torch.randint(4, 20, (2, 6))
+    batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones(2, 3).bool(), 1)
+    with pytest.raises(ProjectionError, match=r"layers\.1\.extra"):
+        engine.project(batch, 1.0, lambda logp, _: torch.ones_like(logp), engine.accumulators(1))
+
+
+def test_frozen_parameters_are_left_out_by_name():
+    model, _ = tiny_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    engine = FeatureEngine(model, EXACT)
+    assert engine.left_out == ["model.embed_tokens.weight"]
+    assert "model.embed_tokens.weight" not in engine.sketches

@@ -1,0 +1,182 @@
+"""The projection keeps inner products, covers every layer, and is the same everywhere."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cropi_core.counter import below, key64, random64, uniform
+from cropi_core.errors import ProjectionError
+from cropi_core.projection import build_sketches, fold, self_test, width
+from data_schemas.config import Projection
+
+CPU = torch.device("cpu")
+KNOWN = (1, 4, [996, 835, 461, 767], 20, 15)
+SHAPES = {"embed": (300, 40), "up": (96, 40), "down": (40, 96), "norm": (40,), "head": (300, 40)}
+
+
+def splitmix64(key, counter):
+    """SplitMix64 in Python's integers, as published."""
+    mask = (1 << 64) - 1
+    x = (key + (counter + 1) * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def project(sketches, projection, gradients):
+    """Project whole gradients {name: (m, n)} through add_outer with an identity."""
+    out = torch.zeros(1, width(sketches, projection))
+    for name, sketch in sketches.items():
+        g = gradients[name].reshape(sketch.shape)
+        if len(SHAPES[name]) == 1:
+            sketch.add_vector(g.T, out)
+        else:
+            sketch.add_outer(torch.eye(g.shape[0])[None], g[None], out)
+    return fold(out, projection)[0]
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**62))
+def test_counter_is_splitmix64_past_32_bits(key, counter):
+    """Mistake 7: 64-bit counters; the torch arithmetic is the published generator, wrap-around included."""
+    bits = int(random64(key, torch.tensor([counter]))[0])
+    assert bits % (1 << 64) == splitmix64(key, counter)
+
+
+def test_values_depend_on_their_counter_alone():
+    whole = random64(7, torch.arange(1000))
+    assert torch.equal(random64(7, torch.arange(400, 500)), whole[400:500])
+    assert torch.equal(random64(torch.tensor([7, 8])[:, None], torch.arange(3))[0], whole[:3])
+
+
+def test_uniform_and_below_are_uniform():
+    u = uniform(3, torch.arange(100_000)).numpy()
+    assert u.min() >= 0
+    assert u.max() < 1
+    counts = np.bincount((u * 20).astype(int), minlength=20)
+    assert ((counts - 5000) ** 2 / 5000).sum() < 45  # chi-square, 19 degrees of freedom, p ≈ 0.0007
+    buckets = below(random64(4, torch.arange(70_000)), 7).numpy()
+    assert set(buckets) == set(range(7))
+    assert ((np.bincount(buckets) - 10_000) ** 2 / 10_000).sum() < 25
+
+
+@pytest.mark.parametrize("form", ["factored", "uniform"])
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_inner_products_within_the_johnson_lindenstrauss_bound(form, density):
+    """Mean error near 0 and the tail as the variance says, for gradients of low rank as layers have them."""
+    k, errors = 512, []
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(30):
+        projection = Projection(k=k, density=density, form=form, seed=seed)
+        sketches = build_sketches(SHAPES, projection, CPU)
+        x = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+        y = {n: 0.5 * x[n] + math.sqrt(0.75) * torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+        a, b = project(sketches, projection, x), project(sketches, projection, y)
+        errors.append(float(torch.nn.functional.cosine_similarity(a, b, dim=0)) - 0.5)
+    # Var of the estimated cosine: (1 − c²)²/k of the sketch, and the same over the kept coordinates.
+    kept = sum(s.cells.numel() for s in sketches.values())
+    deviation = 0.75 * math.sqrt(1 / k + (1 / kept if density < 1 else 0))
+    assert abs(np.mean(errors)) < 4 * deviation / math.sqrt(len(errors))
+    assert np.quantile(np.abs(errors), 0.95) < 3 * deviation
+    assert 0.5 * deviation < np.std(errors) < 1.7 * deviation
+
+
+@pytest.mark.parametrize("form", ["factored", "uniform"])
+def test_norm_is_unbiased(form):
+    ratios = []
+    generator = torch.Generator().manual_seed(1)
+    for seed in range(60):
+        projection = Projection(k=256, density=0.2, form=form, seed=seed)
+        sketches = build_sketches(SHAPES, projection, CPU)
+        x = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+        full = sum(float(v.square().sum()) for v in x.values())
+        ratios.append(float(project(sketches, projection, x).square().sum()) / full)
+    assert abs(np.mean(ratios) - 1) < 4 * np.std(ratios) / math.sqrt(len(ratios))
+
+
+@pytest.mark.parametrize("form", ["factored", "uniform"])
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
+def test_every_layer_is_covered_in_proportion(form, density):
+    """Mistake 1: no layer is left out, none is kept whole; kept coordinates spread over the whole of it."""
+    sketches = build_sketches(SHAPES, Projection(density=density, form=form), CPU)
+    for sketch in sketches.values():
+        m, n = sketch.shape
+        step = 1 if form == "uniform" or n == 1 else max(len(sketch.rows), len(sketch.columns))
+        assert abs(sketch.cells.numel() - density * m * n) <= max(1, step)
+        index = sketch.rows if sketch.rows is not None else sketch.kept
+        size = m if sketch.rows is not None else m * n
+        if len(index) >= 10:  # uniform over the whole range: both halves are drawn from
+            assert 0.2 < float((index < size / 2).float().mean()) < 0.8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 60), st.floats(0.001, 1), st.sampled_from(["factored", "uniform"]))
+def test_indices_are_whole_and_within_bounds(m, n, density, form):
+    sketch = build_sketches({"w": (m, n)}, Projection(k=32, density=density, form=form), CPU)["w"]
+    cells = sketch.cells.numel()
+    assert 1 <= cells <= m * n
+    assert int(sketch.cells.min()) >= 0
+    assert int(sketch.cells.max()) < 64
+    assert sketch.scale == pytest.approx(math.sqrt(m * n / cells))
+    flat = sketch.kept if sketch.kept is not None else (sketch.rows[:, None] * n + sketch.columns).flatten()
+    assert len(flat.unique()) == cells
+    assert int(flat.max()) < m * n
+
+
+def test_a_coordinate_keeps_its_bucket_in_both_forms():
+    """Bucket and sign are functions of (seed, name, coordinate), of nothing else."""
+    sketches = [
+        build_sketches({"w": (50, 30)}, Projection(k=64, density=d, form=f), CPU)["w"]
+        for d, f in [(1.0, "uniform"), (0.3, "uniform"), (0.3, "factored")]
+    ]
+    whole = sketches[0].cells
+    assert torch.equal(sketches[1].cells, whole[sketches[1].kept])
+    flat = (sketches[2].rows[:, None] * 30 + sketches[2].columns).flatten()
+    assert torch.equal(sketches[2].cells, whole[flat])
+    other = build_sketches({"v": (50, 30)}, Projection(k=64, density=1.0, form="uniform"), CPU)["v"]
+    assert float((other.cells == whole).float().mean()) < 0.1
+
+
+def test_known_answer():
+    """The projection is part of the artifacts' format: these numbers may change only with a new algorithm version."""
+    sketch = build_sketches({"model.layers.0.w": (64, 48)}, Projection(k=1000, density=0.1), CPU)[
+        "model.layers.0.w"
+    ]
+    first = (
+        int(sketch.rows[0]),
+        int(sketch.columns[0]),
+        sketch.cells[:4].tolist(),
+        len(sketch.rows),
+        len(sketch.columns),
+    )
+    assert first == KNOWN, first
+    assert key64("a", "bc") != key64("ab", "c")
+
+
+def test_self_test_passes_and_refuses():
+    """A projection that returns zeros, drops signs or forgets a layer does not reach model work."""
+    projection = Projection(k=256, density=0.5)
+    good = build_sketches(SHAPES, projection, CPU)
+    figures = self_test(good, projection, CPU)
+    assert abs(figures["norm_ratio"] - 1) < 0.2
+    assert figures["coverage"] == pytest.approx(0.5, abs=0.02)
+
+    from dataclasses import replace
+
+    collapsed = {n: replace(s, cells=torch.zeros_like(s.cells)) for n, s in good.items()}
+    with pytest.raises(ProjectionError, match="self-test"):
+        self_test(collapsed, projection, CPU)
+    unscaled = {n: replace(s, scale=1.0) for n, s in good.items()}
+    with pytest.raises(ProjectionError, match="norm ratio"):
+        self_test(unscaled, projection, CPU)
+    few = build_sketches(SHAPES, Projection(k=256, density=0.05), CPU)
+    with pytest.raises(ProjectionError, match="keeps"):
+        self_test(good | {"up": few["up"]}, projection, CPU)
+
+
+def test_three_dimensions_are_refused_by_name():
+    with pytest.raises(ProjectionError, match=r"experts\.w"):
+        build_sketches({"experts.w": (4, 8, 8)}, Projection(), CPU)

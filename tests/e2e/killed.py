@@ -1,0 +1,75 @@
+"""A process that runs the tiny curriculum and kills itself at a given instant; see test_stops.py."""
+
+import os
+import signal
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+# What a run imports is imported once, in the server that these processes are forked from.
+import cropi_core.step_functions
+import cropi_core.training
+from cropi_core.curriculum import curriculum
+from cropi_core.steps import run_step
+from cropi_core.store import Store
+from tests.e2e.tiny import tiny
+
+
+@dataclass(frozen=True)
+class Stop:
+    """An instant of a run: the ``count``-th ``event`` within ``slot``.
+
+    Events: ``start`` (the slot's turn has come), ``report`` (progress), ``written`` (a file that matches
+    ``name`` is about to be renamed from its temporary name), ``manifest`` (the artifact has its manifest and is
+    about to be renamed into place), ``published`` (it was renamed, the record does not know).
+    """
+
+    slot: str
+    event: str
+    name: str = "*"
+    count: int = 1
+
+
+class Trap:
+    """Counts what happens and kills the process, as `kill -9` would, when it is time."""
+
+    def __init__(self, stop):
+        self.stop, self.slot, self.seen = stop, "", 0
+
+    def __call__(self, event, name=""):
+        if (self.slot, event) != (self.stop.slot, self.stop.event) or not fnmatch(name, self.stop.name):
+            return
+        self.seen += 1
+        if self.seen == self.stop.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until(stop, root, stages=2):
+    """Run the curriculum in ``root`` up to ``stop``."""
+    store, trap = Store(root), Trap(stop)
+    replace, rename = Path.replace, Path.rename
+
+    def watched_replace(path, target):
+        trap("written", Path(target).name)
+        return replace(path, target)
+
+    def watched_rename(path, target):
+        published = Path(target).parent.parent == store.root and Path(target).parent.name != ".work"
+        if published:
+            trap("manifest")
+        moved = rename(path, target)
+        if published:
+            trap("published")
+        return moved
+
+    Path.replace, Path.rename = watched_replace, watched_rename
+
+    def execute(spec):
+        trap.slot = spec.slot
+        trap("start")
+        return run_step(spec, store, report=lambda progress: trap("report"))
+
+    curriculum(tiny(stages=stages), store, execute)
+
+
+__all__ = ["Stop", "cropi_core", "run_until"]

@@ -1,0 +1,191 @@
+"""Every strategy and fusion by itself: a stage trains on the prompts it selected, all of them and no others."""
+
+import multiprocessing
+import shutil
+import threading
+from typing import get_args
+
+import pyarrow.parquet as pq
+import pytest
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from cropi_core import gradients, grpo
+from cropi_core.errors import StepError
+from cropi_core.runs import load_run, run_id
+from cropi_core.store import Store
+from data_schemas.config import Fusion, Strategy
+from tests.e2e.tiny import POOL, computed, digests, go, origins, tiny, world
+
+READS = {
+    "influence": {"rollouts/pool@1", "rollouts/goal@1", "gradients/pool@1", "gradients/goal@1", "scores@1"},
+    "learnability": {"rollouts/pool@1"},
+    "pass_rate": {"rollouts/pool@1"},
+    "random": set(),
+    "full": set(),
+}
+READS["grad_norm"] = READS["influence"]
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The ids that generation was asked for, step by step."""
+    asked = []
+    original = grpo.Stage.rollout
+
+    def listened(stage, prompts, trainer):
+        asked.append(prompts)
+        return original(stage, prompts, trainer)
+
+    monkeypatch.setattr(grpo.Stage, "rollout", listened)
+    return asked
+
+
+def selection_of(root, record, stage=1):
+    path = Store(root).path(record.slots[f"selection@{stage}"].ref) / "selection.parquet"
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_a_stage_trains_on_exactly_what_its_strategy_selects(own_copy, strategy, trained_on):
+    root, reference = own_copy
+    Store(root).discard(reference.slots["policy@1"].ref.key)
+    size = sum(POOL.values())
+    everything = {"ratio": 1.0} if strategy == "full" else {"ratio": 0.2}
+    batch = {"steps": 5, "prompts_per_step": 8} if strategy == "full" else {}
+    record = go(tiny(stages=1, selection={"strategy": strategy, **everything}, training=batch), root)
+    rows = selection_of(root, record)
+    selected = {row["prompt_id"] for row in rows if row["selected"]}
+    assert len(rows) == size
+    assert len(selected) == round(everything["ratio"] * size)
+    assert {name for prompts in trained_on for name in prompts} == selected
+    prompts = Store(root).path(record.slots["prompts/pool"].ref) / "prompts.parquet"
+    assert selected <= set(pq.read_table(prompts)["prompt_id"].to_pylist())
+    metrics = Store(root).path(record.slots["policy@1"].ref) / "metrics.parquet"
+    assert pq.read_table(metrics)["step"].to_pylist() == list(range(1, len(trained_on) + 1))
+    assert all(row["reason"] for row in rows)
+    # A strategy computes what it reads and nothing more.
+    measured = {s for s in record.slots if s.startswith(("rollouts", "gradients", "scores"))}
+    assert measured == READS[strategy]
+
+
+@pytest.fixture(scope="module")
+def two_sets(reference, tmp_path_factory):
+    """A run with two validation sets, whose fusions can differ."""
+    root = tmp_path_factory.mktemp("two") / "root"
+    shutil.copytree(reference[0], root)
+    data = {"validation": {"goal": world(reverse=8), "other": world(lucky=8)}}
+    go(tiny(stages=1, data=data), root)
+    return root, data
+
+
+@pytest.mark.parametrize("fusion", get_args(Fusion))
+def test_every_fusion_scores_selects_and_trains(two_sets, fusion, trained_on):
+    root, data = two_sets
+    config = tiny(stages=1, data=data, scores={"fusion": fusion}, name=fusion, seed=0)
+    record = go(config, root)
+    assert computed(record) <= {"scores@1", "selection@1", "policy@1", "evaluation@1"}
+    scores = pq.read_table(Store(root).path(record.slots["scores@1"].ref) / "scores.parquet")
+    assert {"goal", "other"} < set(scores.column_names)
+    selected = {row["prompt_id"] for row in selection_of(root, record) if row["selected"]}
+    best = [
+        r["prompt_id"] for r in scores.to_pylist() if r["rank"] is not None and r["rank"] <= len(selected)
+    ]
+    assert set(best) == selected
+    if record.slots["policy@1"].origin == "computed":
+        assert {name for prompts in trained_on for name in prompts} == selected
+
+
+# -- refresh ------------------------------------------------------------------------------------------------
+
+
+def behaviour(root, record, slot):
+    """Digest of the policy that sampled the rollouts of a slot."""
+    parts = Store(root).path(record.slots[slot].ref) / "parts"
+    return pq.read_schema(sorted(parts.iterdir())[0]).metadata[b"cropi.policy"].decode()
+
+
+def test_always_collects_with_the_current_policy_at_every_stage(own_copy):
+    root, _ = own_copy
+    record = go(tiny(rollouts={"refresh": "always"}), root)
+    for stage in (1, 2):
+        policy = record.slots[f"policy@{stage - 1}"].ref.digest
+        assert behaviour(root, record, f"rollouts/pool@{stage}") == policy
+        assert behaviour(root, record, f"rollouts/goal@{stage}") == policy
+    assert record.notes == []
+    assert origins(record)["rollouts/pool@1"] == "cached"
+    summary = Store(root).manifest(record.slots["gradients/pool@2"].ref).summary
+    assert summary["median_ess_share"] == pytest.approx(1, abs=1e-4), "on policy every ratio is one"
+
+
+def test_drift_collects_again_and_says_why(own_copy):
+    root, reference = own_copy
+    record = go(tiny(rollouts={"refresh": "drift", "min_ess": 1.0}), root)
+    share = Store(root).manifest(reference.slots["gradients/pool@2"].ref).summary["median_ess_share"]
+    assert share < 1
+    (note,) = record.notes
+    assert "stage 2" in note
+    assert f"{share:.2f}" in note
+    assert "rollouts.min_ess=1.0" in note
+    assert behaviour(root, record, "rollouts/pool@2") == record.slots["policy@1"].ref.digest
+    calm = go(tiny(rollouts={"refresh": "drift", "min_ess": 0.0}), root)
+    assert "rollouts/pool@2" not in calm.slots
+    assert computed(calm) == set()
+    assert calm.notes == []
+
+
+# -- nothing twice, nothing skipped -------------------------------------------------------------------------
+
+
+def statuses(root, record, stage):
+    scores = Store(root).path(record.slots[f"scores@{stage}"].ref) / "scores.parquet"
+    return {row["prompt_id"]: row["status"] for row in pq.read_table(scores).to_pylist()}
+
+
+def test_a_prompt_without_a_gradient_can_return_when_the_policy_has_changed(own_copy):
+    root, _ = own_copy
+    record = go(tiny(rollouts={"refresh": "always"}), root)
+    first, second = statuses(root, record, 1), statuses(root, record, 2)
+    assert first.keys() == second.keys()
+    assert any(first[name] == "zero_variance" and second[name] == "ok" for name in first)
+
+
+def test_later_stages_read_the_stored_behaviour_in_one_forward_a_batch(own_copy, monkeypatch):
+    root, record = own_copy
+    manifests = {slot: Store(root).manifest(entry.ref) for slot, entry in record.slots.items()}
+    assert manifests["gradients/pool@2"].inputs["rollouts"] == record.slots["rollouts/pool@1"].ref
+    assert manifests["gradients/pool@2"].inputs["policy"] == record.slots["policy@1"].ref
+    assert "reference" not in manifests["policy@1"].inputs, "no KL term, no reference policy"
+    passes, made = [], []
+    forward, make = LlamaModel.forward, gradients.make_batch
+    monkeypatch.setattr(LlamaModel, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    monkeypatch.setattr(gradients, "make_batch", lambda *a: made.append(1) or make(*a))
+    Store(root).discard(record.slots["gradients/pool@2"].ref.key)
+    assert computed(go(tiny(), root)) == {"gradients/pool@2"}
+    assert len(passes) == len(made) > 0
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_an_error_and_the_next_run_misses_nothing(own_copy):
+    root, record = own_copy
+    Store(root).discard(record.slots["gradients/pool@1"].ref.key)
+    config = tiny(stages=1, runtime={"workers": 2})
+    stop = threading.Event()
+
+    def kill_one():
+        while not stop.wait(0.05):
+            if children := multiprocessing.active_children():
+                children[0].kill()
+                return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        with pytest.raises(StepError, match="a gradient worker died while shard"):
+            go(config, root)
+    finally:
+        stop.set()
+        killer.join()
+    told = load_run(Store(root), run_id(config))
+    assert told.status == "failed"
+    assert "scores@1" not in told.slots
+    assert digests(go(config, root))["gradients/pool@1"] == digests(record)["gradients/pool@1"]

@@ -1,0 +1,160 @@
+"""The command `cropi run` as a person starts it: in a process of its own, with a server of its own."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cropi_core.errors import ConfigError
+from cropi_core.runs import list_runs, load_run
+from cropi_core.store import Store
+from flows import cli, environment
+from tests.flows.conftest import tiny_config
+
+CROPI = [sys.executable, "-m", "flows.cli"]
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def person(**settings: str) -> dict[str, str]:
+    """A user's environment: none of what the tests have set up for Prefect."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return kept | {"HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"} | settings
+
+
+def start(config: Path, root: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*CROPI, "run", str(config), "--root", str(root), *more],
+        env=person(),
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def written(path: Path, **changes) -> Path:
+    path.write_text(yaml.safe_dump(tiny_config(**changes).model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+def servers_of(root: Path) -> list[int]:
+    """Processes whose Prefect home lies below this root."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"PREFECT_HOME={root}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_and_the_same_run_again(tmp_path: Path):
+    config, root = written(tmp_path / "tiny.yaml"), tmp_path / "root"
+    out, err = (first := start(config, root, "--no-report")).communicate(timeout=400)
+    assert first.returncode == 0, err
+    assert "goal" in out
+    assert "stage 1" in out
+    assert "rollouts/pool@1" in err
+    out, err = (second := start(config, root, "--no-report", "--json")).communicate(timeout=200)
+    assert second.returncode == 0, err
+    assert err == ""
+    told = json.loads(out)
+    assert {slot["origin"] for slot in told["slots"].values()} == {"cached"}
+    assert told["report"] is None
+    assert servers_of(root) == []
+    with sqlite3.connect(root / ".prefect" / "prefect.db") as database:
+        query = "select state_name, count(*) from task_run group by state_name"
+        states = dict(database.execute(query).fetchall())
+    # No task run is lost or left half recorded when the server ends: 13 steps, cached the second time.
+    assert states.pop("Cached") == 13
+    assert set(states) == {"Completed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_no_process_and_goes_on(tmp_path: Path, how: signal.Signals):
+    training = tiny_config().training.model_dump() | {"steps": 400}
+    runtime = {"device": "cpu", "threads": 1, "mode": "subprocess"}
+    config, root = written(tmp_path / "long.yaml", training=training, runtime=runtime), tmp_path / "root"
+    run = start(config, root, "--no-report")
+    assert run.stderr is not None
+    lines = []
+    while not any(line.startswith("policy@0") for line in lines):
+        lines.append(run.stderr.readline())
+        assert lines[-1], "".join(lines)
+    if how == signal.SIGINT:
+        os.killpg(run.pid, how)  # what a terminal does
+        _, err = run.communicate(timeout=60)
+        assert run.returncode == 130
+        assert err.splitlines()[-1] == "stopped; the same command goes on"
+        assert "Traceback" not in err
+        (name,) = list_runs(Store(root))
+        assert load_run(Store(root), name).status == "failed"
+    else:
+        run.kill()
+        run.wait()
+    deadline = time.monotonic() + 30
+    while servers_of(root) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert servers_of(root) == []
+    again = start(config, root, "--no-report")
+    assert again.stderr is not None
+    assert [again.stderr.readline().split()[1] for _ in range(4)] == ["cached"] * 4
+    os.killpg(again.pid, signal.SIGINT)
+    again.communicate(timeout=60)
+    assert again.returncode == 130
+
+
+@pytest.mark.slow
+def test_a_failing_step_is_one_line_and_exit_code_1(tmp_path: Path):
+    config, root = written(tmp_path / "tiny.yaml", selection={"ratio": 0.05}), tmp_path / "root"
+    _, err = (run := start(config, root)).communicate(timeout=400)
+    assert run.returncode == 1
+    assert err.splitlines()[-1].startswith("error: stage 1 selected 2 prompts of 40")
+    assert "Traceback" not in err
+
+
+def test_what_is_wrong_with_the_command_costs_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = written(tmp_path / "tiny.yaml")
+    with pytest.raises(ConfigError, match="scoring"):
+        CliRunner().invoke(cli.app, ["run", str(config), "--refresh", "scoring"], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="neither a file"):
+        CliRunner().invoke(cli.app, ["run", "nosuch"], catch_exceptions=False)
+    with pytest.raises(ConfigError):
+        CliRunner().invoke(cli.app, ["run", str(config), "-o", "stages=no"], catch_exceptions=False)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'cropi\[flows\]'"):
+        CliRunner().invoke(cli.app, ["run", str(config)], catch_exceptions=False)
+
+
+def test_other_commands_import_no_prefect():
+    code = "import sys, flows.cli; print('prefect' in sys.modules, 'torch' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    assert out.stdout.split() == ["False", "False"]
+
+
+def test_a_server_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_PROFILE", raising=False)
+    profiles = tmp_path / "profiles.toml"
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(profiles))
+    assert environment.configured_api() is None
+    profiles.write_text('active = "a"\n[profiles.a]\nPREFECT_API_URL = "http://a/api"\n[profiles.b]\n')
+    assert environment.configured_api() == "http://a/api"
+    monkeypatch.setenv("PREFECT_PROFILE", "b")
+    assert environment.configured_api() is None
+    monkeypatch.setenv("PREFECT_API_URL", "http://c/api")
+    assert environment.configured_api() == "http://c/api"

@@ -1,0 +1,62 @@
+import pytest
+
+from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.runs import load_run
+from cropi_core.store import Store
+from flows import single
+from flows.curriculum import curriculum
+from tests.flows.conftest import tiny_config
+
+
+def test_unchanged_settings_find_the_runs_own_artifact(own_copy):
+    root, run = own_copy
+    for flow, slot in (
+        (single.rollouts, "rollouts/pool@1"),
+        (single.gradients, "gradients/pool@1"),
+        (single.scores, "scores@1"),
+        (single.selection, "selection@1"),
+        (single.training, "policy@1"),
+        (single.evaluation, "evaluation@1"),
+    ):
+        made = flow(run=run["run"], stage=1, root=str(root))
+        assert made["slot"] == slot
+        assert made["origin"] == "cached"
+        assert made["ref"]["key"] == run["slots"][slot]["key"]
+
+
+def test_another_fusion_is_another_artifact_and_the_run_stays_as_it_was(own_copy):
+    root, run = own_copy
+    store = Store(root)
+    before = load_run(store, run["run"])
+    made = single.scores(run=run["run"], root=str(root), fusion="max", metric="dot")
+    assert made["origin"] == "computed"
+    scores = store.manifest(made["ref"]["key"]).settings["scores"]
+    assert (scores["fusion"], scores["metric"], scores["target"]) == ("max", "dot", "mean")
+    assert load_run(store, run["run"]) == before
+
+
+def test_single_steps_can_be_chained_and_pinned(own_copy):
+    root, run = own_copy
+    scores = single.scores(run=run["run"], root=str(root), metric="dot")
+    chosen = single.selection(run=run["run"], root=str(root), scores=scores["ref"]["key"], ratio=0.5)
+    assert Store(root).manifest(chosen["ref"]["key"]).inputs["scores"].key == scores["ref"]["key"]
+    pinned = curriculum(config=tiny_config(pin=chosen["pin"]), root=str(root))
+    assert pinned["slots"]["selection@1"]["key"] == chosen["ref"]["key"]
+    assert pinned["slots"]["selection@1"]["origin"] == "pinned"
+
+
+@pytest.mark.parametrize("strategy", ["random", "learnability", "pass_rate", "grad_norm"])
+def test_every_strategy_can_be_tried_on_a_run_that_used_influence(own_copy, strategy):
+    root, run = own_copy
+    made = single.selection(run=run["run"], root=str(root), strategy=strategy)
+    assert Store(root).manifest(made["ref"]["key"]).summary["strategy"] == strategy
+
+
+def test_what_cannot_be_is_said(own_copy):
+    root, run = own_copy
+    with pytest.raises(ArtifactError, match="has no 'scores@7'"):
+        single.scores(run=run["run"], stage=7, root=str(root))
+    with pytest.raises(ArtifactError, match="no run"):
+        single.scores(run="nosuch", root=str(root))
+    with pytest.raises(ConfigError, match="full"):
+        single.selection(run=run["run"], root=str(root), strategy="full", ratio=0.5)

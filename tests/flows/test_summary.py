@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from cropi_core.runs import load_run
+from cropi_core.store import Store
+from flows.summary import accuracy_grid, as_markdown, selection_grid, shares, summarise
+
+
+@pytest.fixture(scope="module")
+def summary(finished):
+    root, result = finished
+    store = Store(root)
+    return summarise(load_run(store, result["run"]), store.manifest)
+
+
+def test_accuracy_is_given_before_and_after_every_stage_for_every_set(summary):
+    header, rows = accuracy_grid(summary)
+    assert header == ["set", "use", "base", "stage 1"]
+    assert [row[:2] for row in rows] == [["goal", "validation"], ["held_out", "test"]]
+    for row in summary.accuracy:
+        assert 0 <= row.low <= row.accuracy <= row.high <= 1
+
+
+def test_the_shares_of_a_stage_add_up_to_its_subset(summary):
+    assert sum(summary.selected[1].values()) == 10
+    header, rows = selection_grid(summary)
+    assert header == ["source", "pool", "stage 1"]
+    assert {row[0] for row in rows} == {"reverse", "copy", "sort"}
+    assert sum(shares(summary.selected[1]).values()) == pytest.approx(1)
+
+
+def test_what_the_flow_returns_is_json_and_names_every_artifact(finished):
+    root, result = finished
+    json.dumps(result, allow_nan=False)
+    assert result["status"] == "done"
+    record = load_run(Store(root), result["run"])
+    assert {slot: entry["key"] for slot, entry in result["slots"].items()} == {
+        slot: entry.ref.key for slot, entry in record.slots.items()
+    }
+
+
+def test_the_markdown_has_no_markup_of_anybody_else(finished):
+    root, result = finished
+    store = Store(root)
+    record = load_run(store, result["run"]).model_copy(update={"error": "<script>|x`", "status": "failed"})
+    text = as_markdown(summarise(record, store.manifest), str(root))
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text

@@ -1,0 +1,17 @@
+"""The reference of the configuration is that of the configuration."""
+
+from pathlib import Path
+
+from data_schemas.reference import reference
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_reference_is_up_to_date():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert text == reference() + "\n", "run: python -m data_schemas.reference > docs/configuration.md"
+
+
+def test_every_field_is_named():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in ("rrf_k0", "min_ess", "token_budget", "answer_pattern", "pin"))
