@@ -6,11 +6,8 @@ zero, or undefined, are never run: their status says why.
 """
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor
 
 from cropi_core.checkpoint import tree_digest
-from cropi_core.errors import StepError
 from cropi_core.features import Batch, FeatureEngine
 from cropi_core.gradient_store import GradientStore
 from cropi_core.groups import NOT_FINITE, OK, Group, batches, group_rollouts, make_batch
@@ -29,6 +25,7 @@ from cropi_core.policy import load_policy
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.projection import self_test
 from cropi_core.rollouts import read_rollouts, sampling_of
+from cropi_core.shard_pool import compute_shards
 from data_schemas.arrow import STATUSES
 from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
 
@@ -84,7 +81,7 @@ def compute(
     Raises:
         DataError: The rollouts cannot be used.
         ProjectionError: The self-test failed, or a parameter is out of the engine's reach.
-        StepError: A worker died; its shard is computed again by the next call.
+        StepError: A shard failed, or its process died twice; the others are kept for the next call.
     """
     table = read_rollouts(rollouts)
     groups = group_rollouts(table, objective.min_gradable)
@@ -154,19 +151,8 @@ def _run_shards(
             worker.write(shard, slices[shard])
             yield shard
         return
-    context = get_context("spawn")
     arguments = (job, store.path, [g.prompt_id for g in groups], store.k, store.attributes, threads)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=arguments) as pool:
-        futures = {shard: pool.submit(_work, shard, slices[shard]) for shard in todo}
-        for shard, future in futures.items():
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise StepError(
-                    f"a gradient worker died while shard {shard} was due (killed, or out of memory?); the shards done "
-                    "are kept: lower runtime.workers or runtime.token_budget and run the same command again"
-                ) from error
-            yield shard
+    yield from compute_shards(slices, workers, _start_worker, arguments)
 
 
 class Worker:
@@ -197,13 +183,10 @@ class Worker:
         self.store.write_shard(shard, features, {"status": status, "tokens": tokens, **figures})
 
 
-_worker: Worker | None = None
-
-
 def _start_worker(
     job: Job, path: Path, ids: list[str], k: int, attributes: dict[str, Any], threads: int
-) -> None:
-    global _worker
+) -> Callable[[int, list[Group]], None]:
+    """Load what a process of :func:`cropi_core.shard_pool.compute_shards` needs."""
     store = GradientStore.create(
         path,
         ids,
@@ -212,12 +195,7 @@ def _start_worker(
         rows_per_shard=job.layout.rows_per_shard,
         attributes=attributes,
     )
-    _worker = Worker(job, load_engine(job, threads), store)
-
-
-def _work(shard: int, groups: list[Group]) -> None:
-    assert _worker is not None
-    _worker.write(shard, groups)
+    return Worker(job, load_engine(job, threads), store).write
 
 
 # -- features --------------------------------------------------------------------------------------------------------

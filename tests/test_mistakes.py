@@ -60,7 +60,7 @@ MISTAKES = {
         "core/test_prompts.py::test_explicit_duplicate_ids_are_named",
     ],
     "12. The shard of a failed worker is left out and selection goes on over the rest": [
-        "e2e/test_strategies.py::test_a_dead_worker_is_an_error_and_the_next_run_misses_nothing",
+        "e2e/test_strategies.py::test_a_dead_worker_is_replaced_once_and_then_an_error",
         "core/test_gradient_store.py::test_missing_shards_are_an_error_that_names_them",
         "core/test_influence.py::test_an_unfinished_store_is_not_scored",
         "core/test_selection.py::test_a_prompt_that_was_never_sampled_is_not_passed_over",

@@ -164,28 +164,39 @@ def test_later_stages_read_the_stored_behaviour_in_one_forward_a_batch(own_copy,
     assert len(passes) == len(made) > 0
 
 
+def kill_workers(times, stop):
+    """Kill worker processes as they appear, one after another."""
+    killed = set()
+    while not stop.wait(0.02) and len(killed) < times:
+        for child in multiprocessing.active_children():
+            if child.pid not in killed:
+                killed.add(child.pid)
+                child.kill()
+                break
+
+
 @pytest.mark.slow
-def test_a_dead_worker_is_an_error_and_the_next_run_misses_nothing(own_copy):
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_dead_worker_is_replaced_once_and_then_an_error(own_copy, times, caplog):
     root, record = own_copy
     Store(root).discard(record.slots["gradients/pool@1"].ref.key)
     config = tiny(stages=1, runtime={"workers": 2})
     stop = threading.Event()
-
-    def kill_one():
-        while not stop.wait(0.05):
-            if children := multiprocessing.active_children():
-                children[0].kill()
-                return
-
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_workers, args=(times, stop))
     killer.start()
     try:
-        with pytest.raises(StepError, match="a gradient worker died while shard"):
-            go(config, root)
+        if times == 1:
+            told = go(config, root)
+        else:
+            with pytest.raises(
+                StepError, match=r"shards failed .*shard \d+: its process died .*the others are kept"
+            ):
+                go(config, root)
+            told = load_run(Store(root), run_id(config))
+            assert told.status == "failed"
+            assert "scores@1" not in told.slots
     finally:
         stop.set()
         killer.join()
-    told = load_run(Store(root), run_id(config))
-    assert told.status == "failed"
-    assert "scores@1" not in told.slots
+    assert "it is computed again" in caplog.text
     assert digests(go(config, root))["gradients/pool@1"] == digests(record)["gradients/pool@1"]
