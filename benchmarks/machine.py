@@ -1,0 +1,54 @@
+"""Describe the machine beside a benchmark's figures: a figure without it means nothing.
+
+    from machine import machine, peak_memory_mb     # benchmarks/ is on the path of a script that lies in it
+    result = {"machine": machine(), ...}
+
+Used by every script of this directory, so that their JSON files can be set side by side.
+"""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "zarr", "numcodecs")
+
+
+def machine() -> dict[str, Any]:
+    """Name what this was measured on.
+
+    Returns:
+        ``cpu`` model, ``cores`` this process may run on, ``memory_gb`` (10^9 bytes), ``system``, ``python``,
+        the versions of ``torch``, ``numpy``, ``zarr`` and ``numcodecs``, and the ``date`` (UTC).
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu(),
+        # Not os.cpu_count(): a container or taskset may leave fewer than the machine has.
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **versions,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Return the largest resident size of this process so far, in 10^6 bytes.
+
+    Pages of files mapped into memory count: a figure with a memory map in it says little about an allocator.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if platform.system() == "Darwin" else 1024) / 1e6
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
