@@ -13,9 +13,9 @@ from zarr.codecs import ZstdCodec
 from cropi_core.errors import ArtifactError, DataError
 from data_schemas.arrow import STATUSES
 
-FORMAT, FORMAT_VERSION = "cropi-gradients", 1
+FORMAT, FORMAT_VERSION = "cropi-gradients", 2
 RESERVED = ("format", "format_version", "finished")
-FLOATS = ("scale", "norm", "ess", "max_ratio", "clip_fraction", "entropy", "mean_reward")
+FLOATS = ("scale", "norm", "ess", "max_ratio", "clip_fraction", "kl", "kl_k1", "entropy", "mean_reward")
 COLUMNS: dict[str, np.dtype] = {
     **{name: np.dtype(np.float32) for name in FLOATS},
     "status": np.dtype(np.uint8),

@@ -29,7 +29,7 @@ from cropi_core.shard_pool import compute_shards
 from data_schemas.arrow import STATUSES
 from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
 
-FIGURES = ("norm", "ess", "max_ratio", "clip_fraction", "entropy", "mean_reward")
+FIGURES = ("norm", "ess", "max_ratio", "clip_fraction", "kl", "kl_k1", "entropy", "mean_reward")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def project_groups(
     the whole group come from a forward of their own, and the pieces' gradients are summed.
 
     Returns:
-        (prompts, k) features; per prompt ``ess``, ``max_ratio``, ``clip_fraction``, ``entropy``.
+        (prompts, k) features; per prompt ``ess``, ``max_ratio``, ``clip_fraction``, ``kl``, ``kl_k1``, ``entropy``.
     """
     device, out, found = engine.model.device, engine.accumulators(len(groups)), []
     temperature, size = job.sampling.temperature, len(groups[0].completions)
@@ -263,6 +263,8 @@ def _weigh_group(
         "ess": weights.ess,
         "max_ratio": weights.max_ratio,
         "clip_fraction": weights.clip_fraction,
+        "kl": weights.kl,
+        "kl_k1": weights.kl_k1,
         "entropy": float(entropy[mask].mean()),
     }
 
@@ -276,6 +278,9 @@ def summarise(store: GradientStore, attributes: dict[str, Any]) -> dict[str, Any
         values = store.column(name)[ok]
         return float(np.median(values)) if len(values) else None
 
+    def mean(name: str) -> float | None:
+        return float(np.nanmean(store.column(name)[ok])) if ok.any() else None
+
     ess = median("ess")
     return {
         "prompts": store.n,
@@ -285,8 +290,10 @@ def summarise(store: GradientStore, attributes: dict[str, Any]) -> dict[str, Any
         "median_norm": median("norm"),
         "median_ess": ess,
         "median_ess_share": None if ess is None else ess / attributes["samples"],
+        "kl": mean("kl"),
+        "kl_k1": mean("kl_k1"),
         "max_ratio": float(np.nanmax(store.column("max_ratio")[ok])) if ok.any() else None,
-        "mean_clip_fraction": float(np.nanmean(store.column("clip_fraction")[ok])) if ok.any() else None,
+        "mean_clip_fraction": mean("clip_fraction"),
         "median_entropy": median("entropy"),
         "coverage": attributes["coverage"],
         "parameters": attributes["parameters"],

@@ -29,12 +29,16 @@ class TokenWeights:
         ess: Effective sample size of the sequence ratios, 1..G.
         max_ratio: Largest token ratio.
         clip_fraction: Share of tokens at which PPO's clip would be active.
+        kl: KL(β‖π_θ) a token by the k3 estimator, never negative; see :func:`divergence`.
+        kl_k1: The same by k1, the mean of log β − log π_θ: unbiased, and of few tokens sometimes negative.
     """
 
     weights: Tensor
     ess: float
     max_ratio: float
     clip_fraction: float
+    kl: float
+    kl_k1: float
 
 
 def advantages(rewards: Tensor, *, scale: bool, weights: Tensor | None = None) -> Tensor:
@@ -140,6 +144,27 @@ def effective_sample_size(log_ratio: Tensor) -> float:
     return float((2 * torch.logsumexp(total, 0) - torch.logsumexp(2 * total, 0)).exp())
 
 
+def divergence(log_ratio: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Estimate KL(β‖π_θ) a token from tokens that β sampled, with r = π_θ/β of a token.
+
+    Args:
+        log_ratio: (G, T) log π_θ − log β, zero on padding.
+        mask: (G, T) bool.
+
+    Returns:
+        ``k3``, the mean of r − 1 − log r: each term is non-negative and its variance is small where the policies are
+        close, so few tokens will do. And ``k1``, the mean of −log r. Both are unbiased as long as β can sample
+        whatever π_θ can; of trajectories with top-p below 1, E r is the mass of the nucleus and not 1, and k3 is too
+        low by what is missing, k1 is not.
+
+    References:
+        Schulman 2020, *Approximating KL divergence*, http://joschu.net/blog/kl-approx.html: k1 and k3 with q = β,
+        p = π_θ. TRL's GRPO trainer takes k3 for its KL to the reference (arXiv 2402.03300, equation 4).
+    """
+    values = log_ratio[mask]
+    return float((values.expm1() - values).mean()), 0.0 - float(values.mean())
+
+
 def token_weights(
     logprobs: Tensor,
     behavior: Tensor,
@@ -176,9 +201,12 @@ def token_weights(
     weights = torch.where(mask, scale[:, None] * ratio * advantage[:, None], 0.0)
     if objective.ratio == "token_clip":
         weights = weights.masked_fill(clipped, 0.0)
+    kl, kl_k1 = divergence(log_ratio, mask)
     return TokenWeights(
         weights=weights,
         ess=effective_sample_size(log_ratio),
         max_ratio=float(token_ratio[mask].max()),
         clip_fraction=float(clipped.sum() / mask.sum()),
+        kl=kl,
+        kl_k1=kl_k1,
     )

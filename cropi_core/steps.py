@@ -31,7 +31,7 @@ VERSIONS: dict[StepName, int] = {
     "prompts": 1,
     "policy": 1,
     "rollouts": 1,
-    "gradients": 1,
+    "gradients": 2,
     "scores": 1,
     "selection": 1,
     "training": 1,

@@ -10,6 +10,7 @@ from cropi_core.errors import ConfigError
 from cropi_core.objective import (
     advantages,
     clip_active,
+    divergence,
     effective_sample_size,
     importance_ratio,
     length_scale,
@@ -88,11 +89,8 @@ def test_padding_has_no_weight_whatever_lies_there():
         )
         assert torch.equal(clean.weights, dirty.weights)
         assert not clean.weights[~MASK].any()
-        assert (clean.ess, clean.max_ratio, clean.clip_fraction) == (
-            dirty.ess,
-            dirty.max_ratio,
-            dirty.clip_fraction,
-        )
+        for figure in ("ess", "max_ratio", "clip_fraction", "kl", "kl_k1"):
+            assert getattr(clean, figure) == getattr(dirty, figure)
 
 
 def test_a_long_completion_weighs_by_the_loss_type_alone():
@@ -122,6 +120,28 @@ def test_effective_sample_size():
     assert effective_sample_size(torch.tensor([[500.0], [0.0]])) == pytest.approx(1)
     weights = torch.tensor([1.0, 2.0, 3.0])
     assert effective_sample_size(weights.log()[:, None]) == pytest.approx(36 / 14)
+
+
+@given(st.lists(st.floats(-30, 3), min_size=1, max_size=12))
+def test_k3_is_never_negative_and_both_are_zero_on_policy(log_ratio):
+    values = torch.tensor([log_ratio], dtype=torch.float64)
+    mask = torch.ones_like(values).bool()
+    assert divergence(values, mask)[0] >= 0
+    assert divergence(torch.zeros_like(values), mask) == (0, 0)
+
+
+def test_both_estimates_of_the_kl_are_that_of_the_distributions():
+    """Tokens of β at their exact frequencies: the estimate is Σ β log(β/π_θ), and grows with the distance."""
+    beta = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+    tokens = torch.repeat_interleave(torch.arange(4), (beta * 8).long())
+    last = 0.0
+    for step in (0.1, 0.5, 1.0):
+        policy = torch.softmax(beta.log() + step * torch.tensor([1.0, -1.0, 0.5, 0.0]), 0)
+        exact = float((beta * (beta / policy).log()).sum())
+        found = divergence((policy / beta).log()[tokens][None], torch.ones(1, 8).bool())
+        assert found == pytest.approx((exact, exact))
+        assert found[0] > last
+        last = found[0]
 
 
 def test_unknown_choices_are_errors():
