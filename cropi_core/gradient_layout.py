@@ -11,6 +11,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from cropi_core.errors import ArtifactError, DataError
+from cropi_core.shard_reader import widen
 from data_schemas.arrow import STATUSES
 
 FORMAT, FORMAT_VERSION = "cropi-gradients", 2
@@ -162,6 +163,20 @@ def pack(features: np.ndarray, ok: np.ndarray, dtype: str, first: int) -> tuple[
         return features, (norms > 0).astype(np.float32)
     divisor = np.where(norms > 0, norms, np.float32(1))
     return (features / divisor[:, None]).astype(np.float16), norms
+
+
+def unpack(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Give back what :func:`pack` was given: ``(m, k)`` float32.
+
+    Args:
+        stored: ``(m, k)`` of either type; float32 is returned as it is.
+        scale: ``(m,)`` float32.
+    """
+    if stored.dtype == np.float32:
+        return stored
+    features = np.empty(stored.shape, dtype=np.float32)
+    widen(stored, features)
+    return np.multiply(features, scale[:, None], out=features)
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,9 @@
             store.write_shard(shard, features, {"status": status, "norm": norm, ...})
     store.finish()
     store = GradientStore.open(path)             # read-only; refuses what is unfinished or not whole
-    for rows, features in store.blocks():        # float32, bounded memory
+    for rows, features in store.blocks():        # float32, bounded memory, read ahead in threads
+        ...
+    for rows, result in store.map_blocks(f):     # f(stored, scale) runs in the threads that read
         ...
 
 A Zarr shard is ``rows_per_shard`` rows in one file. It counts once its marker ``.done/<shard>.npz`` is there,
@@ -18,9 +20,9 @@ order of the shards, the number of writers, or the stops on the way.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import zarr
@@ -36,8 +38,11 @@ from cropi_core.gradient_layout import (
     open_group,
     pack,
     sync,
+    unpack,
 )
+from cropi_core.shard_reader import direct_layout, in_order, read_rows, threads_here
 
+Result = TypeVar("Result")
 BLOCK_BYTES = 64 << 20
 
 
@@ -55,6 +60,7 @@ class GradientStore:
         self.rows_per_shard = int(shards[0])
         self.shards = -(-self.n // self.rows_per_shard)
         self._columns: dict[str, np.ndarray] = {}
+        self._layout = direct_layout(self._features)
 
     @classmethod
     def create(
@@ -221,22 +227,55 @@ class GradientStore:
         """Read features ``(stop - start, k)`` as float32, multiplied by ``scale``."""
         if not 0 <= start <= stop <= self.n:
             raise IndexError(f"{self.path} has {self.n} rows; {start}:{stop} is outside")
-        scale = self.column("scale")[start:stop, None]
-        features = self._read(self._features, slice(start, stop)).astype(np.float32)
-        return np.multiply(features, scale, out=features)
+        return unpack(self._stored(start, stop), self.column("scale")[start:stop])
 
-    def blocks(self, rows: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    def blocks(
+        self, rows: int | None = None, threads: int | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """Stream the features in order, as :meth:`rows` gives them.
 
         Args:
             rows: At most so many at a time; by default a shard, or less where that would pass 64 MiB.
+            threads: That read ahead; by default a core each, at most eight.
+        """
+        return self.map_blocks(unpack, rows, threads)
+
+    def map_blocks(
+        self,
+        function: Callable[[np.ndarray, np.ndarray], Result],
+        rows: int | None = None,
+        threads: int | None = None,
+    ) -> Iterator[tuple[slice, Result]]:
+        """Stream a function of the features in order; several blocks are read and worked on at once.
+
+        Args:
+            function: Of features ``(m, k)`` as they are stored and their scale ``(m,)``: features are the
+                product. It is called from several threads and owns what it is given.
+            rows: As for :meth:`blocks`.
+            threads: As for :meth:`blocks`; one block more than these is in memory.
         """
         size = min(self.rows_per_shard, max(1, BLOCK_BYTES // (4 * self.k))) if rows is None else rows
         if size < 1:
             raise ValueError(f"rows={rows} must be at least 1")
-        for start in range(0, self.n, size):
-            stop = min(start + size, self.n)
-            yield slice(start, stop), self.rows(start, stop)
+        scale = self.column("scale")
+        spans = (slice(start, min(start + size, self.n)) for start in range(0, self.n, size))
+
+        def work(span: slice) -> Result:
+            return function(self._stored(span.start, span.stop), scale[span])
+
+        return in_order(work, spans, threads_here() if threads is None else threads)
+
+    def _stored(self, start: int, stop: int) -> np.ndarray:
+        """Read features ``(stop - start, k)`` as they are stored."""
+        if self._layout is None:
+            return self._read(self._features, slice(start, stop))
+        out = np.empty((stop - start, self.k), dtype=self.dtype)
+        live = self.column("scale")[start:stop] != 0
+        try:
+            read_rows(self._shard_file, start, live, self._layout, out)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._damaged("features", error) from error
+        return out
 
     def _array(self, name: str) -> zarr.Array:
         return cast(zarr.Array, self._group[name])
@@ -245,7 +284,10 @@ class GradientStore:
         try:
             return np.asarray(array[rows])
         except (RuntimeError, ValueError, OSError) as error:
-            raise ArtifactError(f"{self.path}/{array.path} is damaged: {error}; compute it again") from error
+            raise self._damaged(array.path, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> ArtifactError:
+        return ArtifactError(f"{self.path}/{name} is damaged: {error}; compute it again")
 
     def _marker(self, shard: int) -> Path:
         self.shard_rows(shard)

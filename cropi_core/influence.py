@@ -26,6 +26,7 @@ import pyarrow as pa
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradient_store import GradientStore
 from cropi_core.progress import Progress, Report, silent
+from cropi_core.similarity import Comparison, nonzero
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import SCORE_FIXED, STATUSES, scores_schema
 from data_schemas.config import Scores
@@ -43,6 +44,7 @@ def score(
     settings: Scores = Scores(),
     seed: int = 0,
     report: Report = silent,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Write the scores table of a pool.
 
@@ -54,6 +56,7 @@ def score(
         settings: Metric, target and fusion.
         seed: Of the order among equal scores, and of the halves of the split-half agreement.
         report: Told how many prompts of the pool are scored.
+        threads: That read and multiply, by default a core each, at most eight; no score depends on it.
 
     Returns:
         A summary in JSON types: counts by status, quantiles, and by validation set the norm of its target and
@@ -80,7 +83,8 @@ def score(
             "raise the temperature, or choose another pool"
         )
     goals = np.stack([set_targets(name, stores[name], settings, seed) for name in names])  # (V, 3, k)
-    similar = _similar(pool, goals.reshape(-1, pool.k), settings, report)[ok].reshape(-1, len(names), 3)
+    similar = _similar(pool, goals.reshape(-1, pool.k), settings, report, threads)
+    similar = similar[ok].reshape(-1, len(names), 3)
     ids = pool.column("prompt_id")
     keys = tie_keys(list(ids[ok]), seed)
     fused, rank, _ = fuse(similar[:, :, 0], settings, keys)
@@ -131,7 +135,7 @@ def target(blocks: Iterable[tuple[slice, np.ndarray]], members: np.ndarray, kind
     for rows, block in blocks:
         features = block.astype(np.float64)
         if kind == "normalized_mean":
-            features /= _nonzero(np.linalg.norm(features, axis=1))[:, None]
+            features /= nonzero(np.linalg.norm(features, axis=1))[:, None]
         # A selection and not a product with 0: the feature of somebody outside may be anything.
         part = np.stack([features[group].sum(axis=0) for group in members[rows].T])
         total = part if total is None else total + part
@@ -162,35 +166,29 @@ def set_targets(name: str, store: GradientStore, settings: Scores, seed: int) ->
     return goals
 
 
-def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:
-    """Compare features with targets: POPI(x, v) = cos(φ(x), φ_v), or the inner product.
-
-    Computed in float64 and rounded once: equal features then get equal scores wherever they stand in a block,
-    although the order of a matrix product's sums depends on the place.
-
-    Args:
-        block: ``(rows, k)`` features.
-        targets: ``(groups, k)``.
-        metric: ``cosine`` (0 where a norm is zero) or ``dot``.
-
-    Returns:
-        ``(rows, groups)`` float32.
-    """
-    if metric not in ("cosine", "dot"):
-        raise ConfigError(f"scores.metric={metric!r} must be cosine or dot")
-    features, goals = block.astype(np.float64), targets.astype(np.float64)
-    if metric == "cosine":
-        goals = goals / _nonzero(np.linalg.norm(goals, axis=1))[:, None]
-    products = features @ goals.T
-    if metric == "cosine":
-        products /= _nonzero(np.linalg.norm(features, axis=1))[:, None]
-    with np.errstate(over="ignore"):  # an overflow becomes inf, which fuse() refuses by name
-        return products.astype(np.float32)
-
-
 def order(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return the positions of ``(n,)`` values from best to worst, equal ones by their keys."""
-    return np.lexsort((keys, -values))
+    """Return the positions of ``(n,)`` values from best to worst, equal ones by their keys.
+
+    As ``np.lexsort((keys, -values))``, three times as fast: numpy sorts one key with vector instructions, and
+    what is equal is put right afterwards.
+    """
+    positions = np.argsort(-values)
+    found = values[positions]
+    same = (found[1:] == found[:-1]) | (np.isnan(found[1:]) & np.isnan(found[:-1]))
+    if same.any():
+        same = np.concatenate([[False], same, [False]])
+        places = np.flatnonzero(same[1:] | same[:-1])
+        run = np.cumsum(~same)[places]  # the number of its group of equals
+        among = positions[places]
+        positions[places] = among[np.lexsort((keys[among], run))]
+    return positions
+
+
+def best(values: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of the ``count`` best of ``(n,)`` values, as :func:`order`, without sorting the rest."""
+    limit = np.partition(-values, count - 1)[count - 1]
+    among = np.flatnonzero(~(-values > limit))  # not <=, so that NaN, the worst of all, stays among them
+    return among[order(values[among], keys[among])[:count]]
 
 
 def ranks(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -295,11 +293,13 @@ def _identity(store: GradientStore) -> dict[str, Any]:
     return {"dimensions": store.k, **projection, **others}
 
 
-def _similar(pool: GradientStore, goals: np.ndarray, settings: Scores, report: Report) -> np.ndarray:
+def _similar(
+    pool: GradientStore, goals: np.ndarray, settings: Scores, report: Report, threads: int | None
+) -> np.ndarray:
     """Stream the pool once against all targets: ``(n, groups)`` float32."""
     similar = np.empty((pool.n, len(goals)), dtype=np.float32)
-    for rows, block in pool.blocks():
-        similar[rows] = similarities(block, goals, settings.metric)
+    for rows, part in pool.map_blocks(Comparison(goals, settings.metric), threads=threads):
+        similar[rows] = part
         report(Progress(rows.stop, pool.n, "prompts"))
     return similar
 
@@ -351,10 +351,10 @@ def _agreement(goals: np.ndarray, similar: np.ndarray, keys: np.ndarray) -> dict
     if not norms[1:].all():  # a set of one prompt has no halves
         return result | {"split_half_cosine": None, "split_half_top_overlap": None}
     top = max(1, (2 * len(similar) + 10) // 20)
-    first, second = (set(order(similar[:, half], keys)[:top].tolist()) for half in (1, 2))
+    first, second = (best(similar[:, half], keys, top) for half in (1, 2))
     return result | {
         "split_half_cosine": float(goals[1] @ goals[2] / (norms[1] * norms[2])),
-        "split_half_top_overlap": len(first & second) / top,
+        "split_half_top_overlap": len(np.intersect1d(first, second)) / top,
     }
 
 
@@ -366,12 +366,7 @@ def _z_scores(scores: np.ndarray) -> np.ndarray:
     centred[:, np.ptp(values, axis=0) == 0] = (
         0  # without this a constant column is its rounding error, scaled up
     )
-    return centred / _nonzero(np.array([math.sqrt(math.fsum(column**2) / n) for column in centred.T]))
-
-
-def _nonzero(values: np.ndarray) -> np.ndarray:
-    """Replace zeros by ones: what is divided by them is zero too."""
-    return np.where(values > 0, values, 1.0)
+    return centred / nonzero(np.array([math.sqrt(math.fsum(column**2) / n) for column in centred.T]))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

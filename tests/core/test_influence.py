@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradient_store import GradientStore
-from cropi_core.influence import fuse, ranks, score, similarities, target, tie_keys
+from cropi_core.influence import best, fuse, order, ranks, score, target, tie_keys
+from cropi_core.similarity import similarities
 from data_schemas.arrow import scores_schema
 from data_schemas.config import Scores
 
@@ -141,6 +142,33 @@ def test_ties_follow_the_seed_and_not_the_place():
     assert (first != second).any()
     assert (first != np.arange(1, 201)).any()
     np.testing.assert_array_equal(ranks(values, tie_keys(ids, 0)), first)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.integers(1, 60),
+        elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan])
+        | st.floats(-1, 1, width=16),
+    ),
+    st.integers(1, 60),
+)
+def test_the_order_is_that_of_a_sort_by_two_keys(values, count):
+    keys = tie_keys([str(i) for i in range(len(values))], 0)
+    expected = np.lexsort((keys, -values))
+    np.testing.assert_array_equal(order(values, keys), expected)
+    count = min(count, len(values))
+    np.testing.assert_array_equal(best(values, keys, count), expected[:count])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_no_score(tmp_path: Path, world, threads: int):
+    train, stores, *_ = world
+    run(tmp_path, train, stores)
+    first = (tmp_path / "scores.parquet").read_bytes()
+    score(train=train, validation=stores, out=tmp_path / "again.parquet", threads=threads)
+    assert (tmp_path / "again.parquet").read_bytes() == first
 
 
 SMALL = np.array([[0.9, 0.1], [0.5, 0.8], [0.2, 0.7], [0.1, -0.9]], dtype=np.float32)

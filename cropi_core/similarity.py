@@ -1,0 +1,102 @@
+"""Compare blocks of features with targets, a tile at a time, at the speed of float32 and in float64.
+
+    compare = Comparison(targets, "cosine")          # (groups, k)
+    scores = compare(stored, scale)                  # (rows, k) -> (rows, groups) float32; from any thread
+
+A tile fits into a core's own cache while it is cast, multiplied and squared, and its product is small enough for
+BLAS to do in the calling thread. So a block costs one pass over memory, and the threads that read blocks
+multiply them too, without a barrier between them.
+
+References:
+    CROPI, arXiv 2510.26491: POPI(x, v) = cos(φ(x), φ_v).
+"""
+
+import numpy as np
+
+from cropi_core.errors import ConfigError
+from cropi_core.shard_reader import HALF_LIMIT, widen_finite
+
+TILE_ROWS, TILE_COLUMNS, TILE_TARGETS = 64, 512, 8
+"""A tile is 256 KB in float64. The product of the three, 2**18, is the most that OpenBLAS multiplies without its
+threads (``SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD``); three products of 8 targets take as long as one of 24."""
+
+
+class Comparison:
+    """Targets, laid out for products with tiles of features.
+
+    Products are summed in float64 and rounded once, to float32. The order in which a matrix product is summed depends
+    on the place of a row in its block; in float64 that is 1e-16 of a cosine, which the rounding hides, so equal
+    features get equal scores wherever they stand, in blocks of any size. In float32 it would be 1e-8 and break ties.
+    """
+
+    def __init__(self, targets: np.ndarray, metric: str) -> None:
+        """Lay out the targets.
+
+        Args:
+            targets: ``(groups, k)``.
+            metric: ``cosine`` (0 where a norm is zero) or ``dot``.
+        """
+        if metric not in ("cosine", "dot"):
+            raise ConfigError(f"scores.metric={metric!r} must be cosine or dot")
+        self.metric = metric
+        self.groups, self.k = targets.shape
+        goals = targets.astype(np.float64)
+        if metric == "cosine":
+            goals /= nonzero(np.linalg.norm(goals, axis=1))[:, None]
+        self._goals = [
+            [np.ascontiguousarray(goals[g, c].T) for g in _slices(self.groups, TILE_TARGETS)]
+            for c in _slices(self.k, TILE_COLUMNS)
+        ]
+
+    def __call__(self, block: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+        """Compare features with the targets.
+
+        Args:
+            block: ``(rows, k)`` float16, float32 or float64.
+            scale: ``(rows,)``: features are ``block`` times this; by default 1. A cosine needs no lengths.
+
+        Returns:
+            ``(rows, groups)`` float32.
+        """
+        products, squares = np.zeros((len(block), self.groups)), np.zeros(len(block))
+        self._add(block, products, squares)
+        # What widen_finite() makes of infinity or NaN is at least HALF_LIMIT. Rows of norm one are far from it.
+        if block.dtype == np.float16 and (squares >= float(HALF_LIMIT) ** 2).any():
+            return self(block.astype(np.float32), scale)
+        if self.metric == "cosine":
+            products /= nonzero(np.sqrt(squares))[:, None]
+        elif scale is not None:
+            products *= scale.astype(np.float64)[:, None]
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which fuse() refuses by name
+            return products.astype(np.float32)
+
+    def _add(self, block: np.ndarray, products: np.ndarray, squares: np.ndarray) -> None:
+        """Add up the products with the targets ``(rows, groups)`` and the squared norms ``(rows,)``."""
+        shape = (min(TILE_ROWS, len(block)), min(TILE_COLUMNS, self.k))
+        single, double = np.empty(shape, dtype=np.float32), np.empty(shape)
+        for rows in _slices(len(block), TILE_ROWS):
+            for columns, goals in zip(_slices(self.k, TILE_COLUMNS), self._goals, strict=True):
+                part = block[rows, columns]
+                height, width = part.shape
+                if part.dtype == np.float16:
+                    widen_finite(part, single[:height, :width])
+                    part = single[:height, :width]
+                tile = double[:height, :width]
+                np.copyto(tile, part)
+                for groups, goal in zip(_slices(self.groups, TILE_TARGETS), goals, strict=True):
+                    products[rows, groups] += tile @ goal
+                squares[rows] += np.vecdot(tile, tile)
+
+
+def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:
+    """Compare one block of features ``(rows, k)`` with targets ``(groups, k)``; see :class:`Comparison`."""
+    return Comparison(targets, metric)(block)
+
+
+def nonzero(values: np.ndarray) -> np.ndarray:
+    """Replace zeros by ones: what is divided by them is zero too."""
+    return np.where(values > 0, values, 1.0)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, size, step)]
