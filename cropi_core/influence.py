@@ -83,8 +83,8 @@ def score(
             "raise the temperature, or choose another pool"
         )
     goals = np.stack([set_targets(name, stores[name], settings, seed) for name in names])  # (V, 3, k)
-    similar = _similar(pool, goals.reshape(-1, pool.k), settings, report, threads)
-    similar = similar[ok].reshape(-1, len(names), 3)
+    sizes = [int((stores[name].column("status") == 0).sum()) for name in names]
+    similar = _similar(pool, goals, sizes, settings, report, threads)[ok]
     ids = pool.column("prompt_id")
     keys = tie_keys(list(ids[ok]), seed)
     fused, rank, _ = fuse(similar[:, :, 0], settings, keys)
@@ -93,7 +93,7 @@ def score(
     metadata = {SETTINGS_KEY: json.dumps(recipe, sort_keys=True).encode()}
     write_parquet(table.replace_schema_metadata(metadata), out)
     sets = {
-        name: {"prompts": stores[name].n, "with_gradient": int((stores[name].column("status") == 0).sum())}
+        name: {"prompts": stores[name].n, "with_gradient": sizes[v]}
         | _agreement(goals[v], similar[:, v], keys)
         for v, name in enumerate(names)
     }
@@ -294,12 +294,36 @@ def _identity(store: GradientStore) -> dict[str, Any]:
 
 
 def _similar(
-    pool: GradientStore, goals: np.ndarray, settings: Scores, report: Report, threads: int | None
+    pool: GradientStore,
+    goals: np.ndarray,
+    sizes: Sequence[int],
+    settings: Scores,
+    report: Report,
+    threads: int | None,
 ) -> np.ndarray:
-    """Stream the pool once against all targets: ``(n, groups)`` float32."""
-    similar = np.empty((pool.n, len(goals)), dtype=np.float32)
-    for rows, part in pool.map_blocks(Comparison(goals, settings.metric), threads=threads):
-        similar[rows] = part
+    """Stream the pool once against the targets of V sets and of their halves.
+
+    The target of a set is the mean of its halves', weighted by their prompts. So two products a set say all three.
+
+    Args:
+        pool: Its features.
+        goals: ``(V, 3, k)``, see :func:`set_targets`.
+        sizes: Prompts with a gradient in each set; its first half has the odd one.
+        settings: Metric.
+        report: Told of every block.
+        threads: As for :func:`score`.
+
+    Returns:
+        ``(n, V, 3)`` float32.
+    """
+    mix = np.zeros((len(goals), 3, len(goals), 2))
+    for v, size in enumerate(sizes):
+        mix[v, :, v] = [[(size + 1) // 2 / size, size // 2 / size], [1, 0], [0, 1]]
+    halves = goals[:, 1:].reshape(-1, pool.k)
+    compare = Comparison(halves, settings.metric, mix.reshape(-1, len(halves)))
+    similar = np.empty((pool.n, len(goals), 3), dtype=np.float32)
+    for rows, part in pool.map_blocks(compare, threads=threads):
+        similar[rows] = part.reshape(-1, len(goals), 3)
         report(Progress(rows.stop, pool.n, "prompts"))
     return similar
 

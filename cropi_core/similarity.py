@@ -29,23 +29,27 @@ class Comparison:
     features get equal scores wherever they stand, in blocks of any size. In float32 it would be 1e-8 and break ties.
     """
 
-    def __init__(self, targets: np.ndarray, metric: str) -> None:
+    def __init__(self, targets: np.ndarray, metric: str, mix: np.ndarray | None = None) -> None:
         """Lay out the targets.
 
         Args:
-            targets: ``(groups, k)``.
+            targets: ``(m, k)``.
             metric: ``cosine`` (0 where a norm is zero) or ``dot``.
+            mix: ``(groups, m)``: compare with these sums of the targets, ``mix @ targets``, at the price of m
+                products a row; by default with the targets themselves.
         """
         if metric not in ("cosine", "dot"):
             raise ConfigError(f"scores.metric={metric!r} must be cosine or dot")
         self.metric = metric
-        self.groups, self.k = targets.shape
         goals = targets.astype(np.float64)
+        self.count, self.k = goals.shape
+        self._mix = np.eye(self.count) if mix is None else mix.astype(np.float64)
         if metric == "cosine":
-            goals /= nonzero(np.linalg.norm(goals, axis=1))[:, None]
-        self._goals = [
-            [np.ascontiguousarray(goals[g, c].T) for g in _slices(self.groups, TILE_TARGETS)]
-            for c in _slices(self.k, TILE_COLUMNS)
+            self._mix = self._mix / nonzero(np.linalg.norm(self._mix @ goals, axis=1))[:, None]
+        self._groups = _slices(self.count, TILE_TARGETS)
+        self._tiles = [
+            (columns, [np.ascontiguousarray(goals[group, columns].T) for group in self._groups])
+            for columns in _slices(self.k, TILE_COLUMNS)
         ]
 
     def __call__(self, block: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
@@ -58,34 +62,46 @@ class Comparison:
         Returns:
             ``(rows, groups)`` float32.
         """
-        products, squares = np.zeros((len(block), self.groups)), np.zeros(len(block))
-        self._add(block, products, squares)
-        # What widen_finite() makes of infinity or NaN is at least HALF_LIMIT. Rows of norm one are far from it.
-        if block.dtype == np.float16 and (squares >= float(HALF_LIMIT) ** 2).any():
-            return self(block.astype(np.float32), scale)
-        if self.metric == "cosine":
-            products /= nonzero(np.sqrt(squares))[:, None]
-        elif scale is not None:
-            products *= scale.astype(np.float64)[:, None]
-        with np.errstate(over="ignore"):  # an overflow becomes inf, which fuse() refuses by name
-            return products.astype(np.float32)
-
-    def _add(self, block: np.ndarray, products: np.ndarray, squares: np.ndarray) -> None:
-        """Add up the products with the targets ``(rows, groups)`` and the squared norms ``(rows,)``."""
+        products, squares = np.zeros((len(block), self.count)), np.zeros(len(block))
         shape = (min(TILE_ROWS, len(block)), min(TILE_COLUMNS, self.k))
         single, double = np.empty(shape, dtype=np.float32), np.empty(shape)
         for rows in _slices(len(block), TILE_ROWS):
-            for columns, goals in zip(_slices(self.k, TILE_COLUMNS), self._goals, strict=True):
-                part = block[rows, columns]
-                height, width = part.shape
-                if part.dtype == np.float16:
-                    widen_finite(part, single[:height, :width])
-                    part = single[:height, :width]
-                tile = double[:height, :width]
-                np.copyto(tile, part)
-                for groups, goal in zip(_slices(self.groups, TILE_TARGETS), goals, strict=True):
-                    products[rows, groups] += tile @ goal
-                squares[rows] += np.vecdot(tile, tile)
+            self._add(block[rows], products[rows], squares[rows], single, double)
+        # What widen_finite() makes of infinity or NaN is at least HALF_LIMIT. Rows of norm one are far from it.
+        if block.dtype == np.float16 and (squares >= float(HALF_LIMIT) ** 2).any():
+            return self(block.astype(np.float32), scale)
+        similar = products @ self._mix.T
+        if self.metric == "cosine":
+            similar /= nonzero(np.sqrt(squares))[:, None]
+        elif scale is not None:
+            similar *= scale.astype(np.float64)[:, None]
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which fuse() refuses by name
+            return similar.astype(np.float32)
+
+    def _add(
+        self,
+        block: np.ndarray,
+        products: np.ndarray,
+        squares: np.ndarray,
+        single: np.ndarray,
+        double: np.ndarray,
+    ) -> None:
+        """Add the products of a few rows with the targets ``(rows, m)`` and their squared norms ``(rows,)``.
+
+        ``single`` and ``double`` are room for a tile, the same for all, as fresh memory costs a tenth of the time.
+        """
+        groups = [products[:, group] for group in self._groups]
+        for columns, goals in self._tiles:
+            part = block[:, columns]
+            height, width = part.shape
+            tile = double[:height, :width]
+            if part.dtype == np.float16:
+                widen_finite(part, single[:height, :width])
+                part = single[:height, :width]
+            np.copyto(tile, part)
+            for group, goal in zip(groups, goals, strict=True):
+                group += tile @ goal
+            squares += np.vecdot(tile, tile)
 
 
 def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:

@@ -45,6 +45,17 @@ def test_cosines_are_those_of_float64(sizes, seed: int, dtype: str):
 
 
 @settings(max_examples=30, deadline=None)
+@given(SIZES, st.integers(0, 2**32 - 1), st.sampled_from(["cosine", "dot"]))
+def test_sums_of_targets_need_no_products_of_their_own(sizes, seed: int, metric: str):
+    n, k, groups = sizes
+    block, rng = draw(n, k, seed, "float16"), np.random.default_rng(seed + 1)
+    targets, mix = rng.standard_normal((groups, k)), rng.random((2 * groups, groups))
+    got = Comparison(targets, metric, mix)(block)
+    expected = reference(block, mix @ targets, metric)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-7 * max(1, np.abs(expected).max()))
+
+
+@settings(max_examples=30, deadline=None)
 @given(SIZES, st.integers(0, 2**32 - 1))
 def test_inner_products_of_stored_rows_have_their_lengths(sizes, seed: int):
     n, k, groups = sizes
