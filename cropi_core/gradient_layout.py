@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
+from numcodecs.zstd import Zstd
 from zarr.codecs import ZstdCodec
 
 from cropi_core.errors import ArtifactError, DataError
-from cropi_core.shard_reader import widen
+from cropi_core.shard_reader import ABSENT, ShardLayout, widen
 from data_schemas.arrow import STATUSES
 
 FORMAT, FORMAT_VERSION = "cropi-gradients", 2
@@ -27,6 +29,7 @@ CHUNK_BYTES = 2 << 20
 # worth their time. What counts is that the zeros of rows without a gradient vanish, and that the frame has a
 # checksum, without which a flipped bit would be a wrong score. Figures: docs/store.md.
 CODEC = ZstdCodec(level=1, checksum=True)
+ENCODER = Zstd(level=CODEC.level, checksum=CODEC.checksum)
 
 
 def check_settings(
@@ -153,7 +156,9 @@ def pack(features: np.ndarray, ok: np.ndarray, dtype: str, first: int) -> tuple[
     Raises:
         DataError: A row that is ``ok`` is not finite.
     """
-    features = np.where(ok[:, None], features, 0).astype(np.float32, copy=False)
+    if not ok.all():
+        features = np.where(ok[:, None], features, 0)
+    features = features.astype(np.float32, copy=False)
     with np.errstate(over="ignore"):
         norms = np.sqrt(np.square(features, dtype=np.float64).sum(axis=1)).astype(np.float32)
     if not np.isfinite(norms).all():
@@ -163,6 +168,40 @@ def pack(features: np.ndarray, ok: np.ndarray, dtype: str, first: int) -> tuple[
         return features, (norms > 0).astype(np.float32)
     divisor = np.where(norms > 0, norms, np.float32(1))
     return (features / divisor[:, None]).astype(np.float16), norms
+
+
+def write_rows(file: Path, stored: np.ndarray, layout: ShardLayout) -> None:
+    """Write a shard, byte for byte as zarr would: its time beside compression is as long again (docs/store.md).
+
+    The file appears whole or not at all; a shard of nothing but zeros has none.
+
+    Args:
+        file: The shard.
+        stored: ``(m, k)``; the rows that a last, shorter shard lacks are zeros.
+        layout: Of the array.
+    """
+    index = np.full((layout.chunks, 2), ABSENT, dtype="<u8")
+    frames: list[bytes] = []
+    for chunk in range(-(-len(stored) // layout.chunk_rows)):
+        part = stored[chunk * layout.chunk_rows : (chunk + 1) * layout.chunk_rows]
+        if not part.view(np.uint8).any():  # bits, not values: as in zarr, -0.0 is something to store
+            continue
+        if len(part) < layout.chunk_rows:
+            part = np.concatenate(
+                [part, np.zeros((layout.chunk_rows - len(part), part.shape[1]), part.dtype)]
+            )
+        frame = ENCODER.encode(np.ascontiguousarray(part))
+        index[chunk] = sum(map(len, frames)), len(frame)
+        frames.append(frame)
+    if not frames:
+        file.unlink(missing_ok=True)
+        return
+    table = index.tobytes()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.partial")  # finish() removes what a kill leaves
+    with temporary.open("wb") as stream:
+        stream.writelines([*frames, table, google_crc32c.value(table).to_bytes(4, "little")])
+    temporary.replace(file)
 
 
 def unpack(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ from cropi_core.gradient_layout import (
     pack,
     sync,
     unpack,
+    write_rows,
 )
 from cropi_core.shard_reader import direct_layout, in_order, read_rows, threads_here
 
@@ -172,7 +173,10 @@ class GradientStore:
             )
         if (ok := figures["status"] == 0).any():
             stored, figures["scale"] = pack(features, ok, self.dtype, rows.start)
-            self._features[rows.start : rows.stop] = stored
+            if self._layout is None:
+                self._features[rows.start : rows.stop] = stored
+            else:
+                write_rows(self._shard_file(shard), stored, self._layout)
             sync(self._shard_file(shard))
         else:  # no file at all reads as zeros; what an attempt cut short left there goes
             figures["scale"] = np.zeros(len(rows), dtype=np.float32)

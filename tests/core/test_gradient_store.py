@@ -218,6 +218,31 @@ def test_a_shard_without_gradients_costs_no_file(tmp_path: Path):
     assert shards == ["0", "2"]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.sampled_from([1, 2, 3, 4]), st.sampled_from(["float16", "float32"]), st.data())
+def test_a_shard_is_byte_for_byte_what_zarr_writes(
+    tmp_path_factory: pytest.TempPathFactory, n: int, chunk: int, dtype: str, data: st.DataObject
+):
+    """Chunks of zeros left out, negative zeros kept, the last shard short: any reader of Zarr sees the same."""
+    folder, k = tmp_path_factory.mktemp("same"), 5
+    values = st.sampled_from([0.0, -0.0, 1.0, 0.25, 6e-8])
+    rows = np.array(data.draw(st.lists(values, min_size=n * k, max_size=n * k)), dtype=np.float32).reshape(
+        n, k
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_layout, "CHUNK_BYTES", chunk * k * np.dtype(dtype).itemsize)
+        direct = create(folder / "direct.zarr", n, k, dtype)
+        through_zarr = create(folder / "zarr.zarr", n, k, dtype)
+    through_zarr._layout = None
+    for shard in range(direct.shards):
+        here = direct.shard_rows(shard)
+        for store in (direct, through_zarr):
+            store.write_shard(shard, rows[here.start : here.stop], {"status": np.zeros(len(here))})
+    for store in (direct, through_zarr):
+        store.finish()
+    assert tree(folder / "direct.zarr") == tree(folder / "zarr.zarr")
+
+
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 1e-2, 1.0, 1e4, 1e20])
 def test_half_precision_loses_less_than_a_thousandth_at_any_norm(tmp_path: Path, norm: float):
     rows = features(4, 1 << 14, norm)
