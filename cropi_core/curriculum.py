@@ -4,24 +4,33 @@
 passes a function that submits a task, a script passes :func:`cropi_core.steps.run_step`. What the run used, slot by
 slot, is written to its record after every step, so a stop at any instant loses nothing but the step under way.
 
-Slots: ``prompts/pool``, ``prompts/<set>``, ``policy@0`` (the base), ``rollouts/pool@1``, ``rollouts/<set>@1``,
-``gradients/pool@m``, ``gradients/<set>@m``, ``scores@m``, ``selection@m``, ``policy@m`` (after stage m),
-``evaluation@m``. ``<set>`` is the name of a validation or test set.
+A stage's scores are checked before they are used (:mod:`cropi_core.checks`): where a limit of the configuration is
+passed, trajectories are collected again or the selection is random, and the record says so. The places of a run are
+listed in :mod:`cropi_core.slots`.
 """
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
+from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
 from cropi_core.errors import ConfigError, SelectionError
 from cropi_core.prompts import check_disjoint
 from cropi_core.runs import load_run, new_run, now, run_id, save_run
+from cropi_core.slots import pin_for, slots, source_settings
 from cropi_core.steps import StepResult
-from cropi_core.store import Store, file_sha256, is_full
-from data_schemas.config import Config, Source, TableSource
-from data_schemas.manifest import ArtifactRef, Manifest, RunRecord, SlotRecord, StepName, StepSpec
+from cropi_core.store import Store, is_full
+from data_schemas.config import Config
+from data_schemas.manifest import (
+    ArtifactRef,
+    Manifest,
+    RunRecord,
+    SlotRecord,
+    StageCheck,
+    StepName,
+    StepSpec,
+)
 
 Execute = Callable[[StepSpec], StepResult]
 
@@ -161,19 +170,22 @@ class Curriculum:
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]
     ) -> dict[str, ArtifactRef]:
         """Collect trajectories of ``policy`` on the pool and, where gradients are needed, on the validation sets."""
-        config, refs = self.config, {}
-        names = ["pool", *(config.data.validation if config.needs_gradients else [])]
-        for name in names:
-            sampling = config.rollouts.pool if name == "pool" else config.rollouts.validation
-            settings = {
-                **self._model_settings(),
-                "sampling": sampling.model_dump(),
-                "seed": config.seed + 1000 * (stage - 1),
-                "shard_prompts": config.rollouts.shard_prompts,
-            }
-            inputs = {"policy": policy, "prompts": sets[name]}
-            refs[name] = self._step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
-        return refs
+        names = ["pool", *(self.config.data.validation if self.config.needs_gradients else [])]
+        return {name: self._collect(name, stage, policy, sets[name]) for name in names}
+
+    def _collect(
+        self, name: str, stage: int, policy: ArtifactRef, prompts: ArtifactRef, seed: int = 0
+    ) -> ArtifactRef:
+        rollouts = self.config.rollouts
+        sampling = rollouts.validation if name in self.config.data.validation else rollouts.pool
+        settings = {
+            **self._model_settings(),
+            "sampling": sampling.model_dump(),
+            "seed": self.config.seed + 1000 * (stage - 1) + seed,
+            "shard_prompts": rollouts.shard_prompts,
+        }
+        inputs = {"policy": policy, "prompts": prompts}
+        return self._step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
 
     def _gradients(
         self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
@@ -200,22 +212,24 @@ class Curriculum:
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], rollouts: dict[str, ArtifactRef]
     ) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
         """Score the pool under ``policy`` and choose the stage's subset."""
-        config = self.config
-        inputs = {"prompts": sets["pool"]}
-        if config.needs_rollouts:
-            if not rollouts or config.rollouts.refresh == "always":
-                rollouts = self._rollouts(stage, policy, sets)
-            if config.needs_gradients:
-                gradients = self._gradients(stage, policy, rollouts)
-                drift = self._drifted(stage, gradients["pool"])
-                if drift is not None and f"rollouts/pool@{stage}" not in self.record.slots:
-                    self._note(drift)
-                    rollouts = self._rollouts(stage, policy, sets)
-                    gradients = self._gradients(stage, policy, rollouts)
-                inputs["scores"] = self._score(stage, gradients)
-            else:
-                inputs["rollouts"] = rollouts["pool"]
-        settings = {"selection": config.selection.model_dump(), "seed": config.seed + stage}
+        config, inputs = self.config, {"prompts": sets["pool"]}
+        settings: dict[str, Any] = {
+            "selection": config.selection.model_dump(),
+            "seed": config.seed + stage,
+        }
+        if config.needs_rollouts and (not rollouts or config.rollouts.refresh == "always"):
+            rollouts = self._rollouts(stage, policy, sets)
+        if config.needs_gradients:
+            rollouts, scores, check = self._checked_scores(stage, policy, sets, rollouts)
+            inputs |= {"scores": scores} if scores else {}
+            if check.action == "random":
+                settings["fallback"] = {
+                    "strategy": config.selection.strategy,
+                    "limits": random_limits(check),
+                }
+                settings["selection"]["strategy"] = "random"
+        elif config.needs_rollouts:
+            inputs["rollouts"] = rollouts["pool"]
         selection = self._step("selection", f"selection@{stage}", settings, inputs)
         chosen = self._manifest(selection).summary["selected"]
         if chosen < config.training.prompts_per_step:
@@ -226,22 +240,92 @@ class Curriculum:
             )
         return selection, rollouts
 
-    def _drifted(self, stage: int, gradients: ArtifactRef) -> str | None:
-        """Say why the trajectories should be collected again, if they should."""
-        summary = self._manifest(gradients).summary
-        share, least = summary["median_ess_share"], self.config.rollouts.min_ess
-        if self.config.rollouts.refresh != "drift" or share is None or share >= least:
-            return None
-        return (
-            f"stage {stage}: trajectories collected again, the median effective sample size of the stored ones is "
-            f"{share:.2f} of the samples, below rollouts.min_ess={least}"
-        )
+    # -- whether the scores are to be believed --------------------------------------------------------------------
 
-    def _score(self, stage: int, gradients: dict[str, ArtifactRef]) -> ArtifactRef:
-        inputs = {"train": gradients["pool"]}
+    def _checked_scores(
+        self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], rollouts: dict[str, ArtifactRef]
+    ) -> tuple[dict[str, ArtifactRef], ArtifactRef | None, StageCheck]:
+        """Score the pool; where the limits ask for it, with new trajectories. None where nobody could be scored."""
+        while True:
+            gradients = self._gradients(stage, policy, rollouts)
+            scores, spot = None, None
+            # What is known without scores comes first: stale trajectories need not be scored.
+            check = self._judge(stage, policy, rollouts, gradients, GRADIENT_RULES)
+            live = self._manifest(gradients["pool"]).summary["status"]["ok"]
+            if check.action == "none" or (check.action == "random" and live):
+                scores = self._score(f"scores@{stage}", gradients["pool"], gradients)
+                spot = self._spot_check(stage, policy, sets, gradients, scores)
+                influence = self.config.selection.strategy == "influence"
+                rules = RULES if influence else GRADIENT_RULES
+                check = self._judge(stage, policy, rollouts, gradients, rules, scores, spot)
+            self.record.checks.append(check)
+            if said := consequence(check):
+                self._note(said)
+            if check.action != "refresh":
+                return rollouts, scores, check
+            self._put_aside(stage)
+            rollouts = self._rollouts(stage, policy, sets)
+
+    def _judge(
+        self,
+        stage: int,
+        policy: ArtifactRef,
+        rollouts: dict[str, ArtifactRef],
+        gradients: dict[str, ArtifactRef],
+        rules: tuple[str, ...],
+        scores: ArtifactRef | None = None,
+        spot: ArtifactRef | None = None,
+    ) -> StageCheck:
+        """Hold what is known against the limits."""
+        measured = [gradients["pool"], scores, spot]
+        found = figures(*[self._manifest(ref).summary if ref else {} for ref in measured])
+        whose: Literal["own", "pinned", "stored"] = "stored"
+        if self._manifest(rollouts["pool"]).inputs.get("policy") == policy:
+            whose = "own"
+        elif pin_for(self.config.pin, f"rollouts/pool@{stage}"):
+            whose = "pinned"
+        return judge(stage, found, self.config.diagnostics, trajectories=whose, rules=rules)
+
+    def _put_aside(self, stage: int) -> None:
+        """Keep what a stage made of stored trajectories in the record, at slots of its own."""
+        for slot in [name for name in self.record.slots if name.endswith(f"@{stage}")]:
+            name = slot.partition("@")[0]
+            self.record.slots[f"{name}/stored@{stage}"] = self.record.slots.pop(slot)
+
+    def _spot_check(
+        self,
+        stage: int,
+        policy: ArtifactRef,
+        sets: dict[str, ArtifactRef],
+        gradients: dict[str, ArtifactRef],
+        scores: ArtifactRef,
+    ) -> ArtifactRef | None:
+        """Compare the scores of a few prompts with scores of fresh trajectories, if that is asked for."""
+        config, limits = self.config, self.config.diagnostics
+        if not config.needs_spot_check:
+            return None
+        seed = config.seed + stage
+        draw = {"prompts": limits.spot_check, "dead_share": limits.spot_dead_share}
+        inputs = {"prompts": sets["pool"], "scores": scores}
+        prompts = self._step("prompts", f"prompts/spot@{stage}", {"spot": draw, "seed": seed}, inputs)
+        rollouts = self._collect("spot", stage, policy, prompts, limits.spot_seed)
+        fresh = self._gradients(stage, policy, {"spot": rollouts})["spot"]
+        if not self._manifest(fresh).summary["status"]["ok"]:
+            self._note(f"stage {stage}: no prompt of the spot check has a gradient by fresh trajectories")
+            return None
+        own = self._score(f"scores/spot@{stage}", fresh, gradients)
+        settings = {
+            "scores": config.scores.model_dump(),
+            "ratio": config.selection.ratio,
+            "seed": config.seed,
+        }
+        return self._step("diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": own})
+
+    def _score(self, slot: str, train: ArtifactRef, gradients: dict[str, ArtifactRef]) -> ArtifactRef:
+        inputs = {"train": train}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
         settings = {"scores": self.config.scores.model_dump(), "seed": self.config.seed}
-        return self._step("scores", f"scores@{stage}", settings, inputs)
+        return self._step("scores", slot, settings, inputs)
 
     def _train(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], selection: ArtifactRef
@@ -290,46 +374,4 @@ def curriculum(
     return Curriculum(config, store, execute, notify).run()
 
 
-def slots(config: Config) -> list[str]:
-    """List the slots that a run of ``config`` may fill, in order."""
-    validation, test = list(config.data.validation), list(config.data.test)
-    names = [f"prompts/{name}" for name in ["pool", *validation, *test]] + ["policy@0", "evaluation@0"]
-    for stage in range(1, config.stages + 1):
-        if config.needs_rollouts:
-            measured = ["pool", *(validation if config.needs_gradients else [])]
-            if stage == 1 or config.rollouts.refresh != "never":
-                names += [f"rollouts/{name}@{stage}" for name in measured]
-            if config.needs_gradients:
-                names += [f"gradients/{name}@{stage}" for name in measured] + [f"scores@{stage}"]
-        names += [f"selection@{stage}", f"policy@{stage}", f"evaluation@{stage}"]
-    return names
-
-
-def pin_for(pins: dict[str, str], slot: str) -> str | None:
-    """Find the pin of a slot: by the slot itself, without its stage, or by kind alone for the pool's.
-
-    ``rollouts/pool@1`` is pinned by ``rollouts/pool@1``, ``rollouts/pool`` or ``rollouts``; ``policy`` alone pins the
-    base, never a trained policy.
-    """
-    name, _, stage = slot.partition("@")
-    names = [slot] if name == "policy" and stage != "0" else [slot, name]
-    if name.endswith("/pool"):
-        names.append(name.removesuffix("/pool"))
-    return next((pins[n] for n in names if n in pins), None)
-
-
-def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Split a source into what its prompts depend on and where they lie: a file counts by content."""
-    settings = source.model_dump(mode="json")
-    if not isinstance(source, TableSource):
-        return {"source": settings, "split": split}, {}
-    if source.kind == "hub":
-        return {"source": settings, "split": split}, {}
-    path = Path(source.path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"data: {path} is no file")
-    settings["path"] = "sha256:" + file_sha256(path)
-    return {"source": settings, "split": split}, {"path": str(path)}
-
-
-__all__ = ["Curriculum", "Execute", "curriculum", "load_run", "pin_for", "run_id", "slots", "source_settings"]
+__all__ = ["Curriculum", "Execute", "curriculum", "load_run", "run_id", "slots"]

@@ -15,6 +15,7 @@ References:
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -66,6 +67,7 @@ def select(
     rollouts: Path | None = None,
     settings: Selection = Selection(),
     seed: int = 0,
+    fallback: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the selection table of a pool.
 
@@ -77,6 +79,8 @@ def select(
             scores.
         settings: Strategy and ratio.
         seed: Of the random draw and of the order among equals.
+        fallback: Why a draw is random: ``strategy``, which it stands for, and ``limits``, the rules of
+            ``diagnostics`` that its scores broke. Said in every reason and in the summary.
 
     Returns:
         A summary in JSON types; ``short_by`` says how many prompts are missing because too few are eligible.
@@ -87,6 +91,7 @@ def select(
         SelectionError: Scores or trajectories are of other prompts than the pool, or no prompt is eligible.
     """
     check_inputs(settings.strategy, scores, rollouts)
+    fallback = fallback if settings.strategy == "random" else None  # of a draw repeated with another strategy
     pool = _pool(prompts, scores)
     evidence = gather(pool.column("prompt_id").to_pylist(), scores, rollouts)
     keys = tie_keys(evidence.prompt_ids, seed)
@@ -109,13 +114,14 @@ def select(
             pa.array(rank, mask=rank == 0),
             pa.array(values, mask=np.isnan(values)),
             pa.array(evidence.status, pa.string()),
-            pa.array(reasons(evidence, settings, rank, selected), pa.string()),
+            pa.array(reasons(evidence, settings, rank, selected, fallback), pa.string()),
         ],
         schema=SELECTION,
     )
     write_parquet(table, out)
     return {
         "strategy": settings.strategy,
+        **({"fallback": dict(fallback)} if fallback else {}),
         "ratio": settings.ratio,
         "pool": n,
         "eligible": len(best),
@@ -203,15 +209,22 @@ def positions(evidence: Evidence, values: np.ndarray, settings: Selection, keys:
     return eligible[order(values[eligible], keys[eligible])]
 
 
-def reasons(evidence: Evidence, settings: Selection, rank: np.ndarray, selected: np.ndarray) -> list[str]:
+def reasons(
+    evidence: Evidence,
+    settings: Selection,
+    rank: np.ndarray,
+    selected: np.ndarray,
+    fallback: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Say of every prompt why it stands where it stands, as a fragment of a sentence."""
     values, p = worth(evidence, settings), evidence.pass_rate
+    instead = f" instead of {fallback['strategy']}: {', '.join(fallback['limits'])}" if fallback else ""
     said = []
     for i, status in enumerate(evidence.status):
         if settings.strategy == "full":
             said.append("the whole pool")
         elif settings.strategy == "random":
-            said.append("random draw" if selected[i] else "not drawn")
+            said.append(f"{'random draw' if selected[i] else 'not drawn'}{instead}")
         elif not rank[i]:
             said.append(f"dead: {status}" if status != "ok" else f"nothing to learn: pass rate {p[i]:.3f}")
         elif settings.strategy == "influence":

@@ -30,6 +30,7 @@ METRICS_FILE = "metrics.parquet"
 ROLLOUTS = "parts"
 GRADIENTS = "gradients.zarr"
 SCORES_FILE = "scores.parquet"
+DIAGNOSTICS_FILE = "diagnostics.json"
 SELECTION_FILE = "selection.parquet"
 EVALUATION_FILE = "completions.parquet"
 ACCURACY_FILE = "accuracy.json"
@@ -40,10 +41,28 @@ def prompts_step(work: Work) -> dict[str, Any]:
     from cropi_core.prompts import load_source, summarise, write_prompts
 
     settings = work.spec.settings
+    if "spot" in settings:
+        return _spot_prompts(work)
     source: Source = TypeAdapter(Source).validate_python(settings["source"])
     table, dropped = load_source(source, settings["split"], work.spec.location.get("path"))
     write_prompts(table, work.out / PROMPTS_FILE)
     return summarise(table) | {"dropped": dropped}
+
+
+def _spot_prompts(work: Work) -> dict[str, Any]:
+    """Draw the prompts of a spot check from a scored pool."""
+    from cropi_core.diagnostics import draw_spot
+    from cropi_core.prompts import summarise, write_prompts
+
+    table = draw_spot(
+        work.inputs["prompts"] / PROMPTS_FILE,
+        work.inputs["scores"] / SCORES_FILE,
+        wanted=work.spec.settings["spot"]["prompts"],
+        dead_share=work.spec.settings["spot"]["dead_share"],
+        seed=work.spec.settings["seed"],
+    )
+    write_prompts(table, work.out / PROMPTS_FILE)
+    return summarise(table)
 
 
 def policy_step(work: Work) -> dict[str, Any]:
@@ -113,6 +132,21 @@ def scores_step(work: Work) -> dict[str, Any]:
     )
 
 
+def diagnostics_step(work: Work) -> dict[str, Any]:
+    """Compare scores with those of fresh trajectories."""
+    from cropi_core.diagnostics import compare
+
+    settings = work.spec.settings
+    return compare(
+        scores=work.inputs["scores"] / SCORES_FILE,
+        spot=work.inputs["spot"] / SCORES_FILE,
+        out=work.out / DIAGNOSTICS_FILE,
+        settings=Scores.model_validate(settings["scores"]),
+        ratio=settings["ratio"],
+        seed=settings["seed"],
+    )
+
+
 def selection_step(work: Work) -> dict[str, Any]:
     """Choose the subset."""
     from cropi_core.selection import select
@@ -125,6 +159,7 @@ def selection_step(work: Work) -> dict[str, Any]:
         out=work.out / SELECTION_FILE,
         settings=Selection.model_validate(work.spec.settings["selection"]),
         seed=work.spec.settings["seed"],
+        fallback=work.spec.settings.get("fallback"),
     )
 
 

@@ -33,6 +33,7 @@ VERSIONS: dict[StepName, int] = {
     "rollouts": 1,
     "gradients": 2,
     "scores": 1,
+    "diagnostics": 1,
     "selection": 1,
     "training": 1,
     "evaluation": 1,

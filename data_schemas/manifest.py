@@ -1,14 +1,24 @@
 """What describes an artifact, a step and a run. JSON, versioned, written last."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
-Kind = Literal["prompts", "policy", "rollouts", "gradients", "scores", "selection", "evaluation"]
-KINDS: tuple[Kind, ...] = ("prompts", "policy", "rollouts", "gradients", "scores", "selection", "evaluation")
+Kind = Literal[
+    "prompts", "policy", "rollouts", "gradients", "scores", "diagnostics", "selection", "evaluation"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 StepName = Literal[
-    "prompts", "policy", "rollouts", "gradients", "scores", "selection", "training", "evaluation"
+    "prompts",
+    "policy",
+    "rollouts",
+    "gradients",
+    "scores",
+    "diagnostics",
+    "selection",
+    "training",
+    "evaluation",
 ]
 Key = Annotated[str, Field(pattern=r"^[a-z]+-v[0-9]+-[0-9a-f]{16}$")]
 
@@ -82,6 +92,28 @@ class SlotRecord(Record):
     seconds: float = 0.0
 
 
+class Finding(Record):
+    """One figure that says how far a stage's scores can be believed, beside the limit set for it."""
+
+    figure: str = Field(description="Name of the figure; `cropi_core.checks.FIGURES` says what it is.")
+    value: float | None = Field(description="None: it could not be measured, or has not been.")
+    rule: str | None = Field(default=None, description="Field of the section `diagnostics`, if it is set.")
+    limit: float | None = None
+    action: Literal["refresh", "random"] | None = Field(default=None, description="What the rule asks for.")
+    passed: bool = Field(default=False, description="Whether the value lies beyond the limit.")
+
+
+class StageCheck(Record):
+    """What was known of a stage's scores when it was decided whether to use them, and what was decided."""
+
+    stage: int
+    trajectories: Literal["own", "pinned", "stored"] = Field(
+        description="Of the policy that is trained next; pinned by the configuration; of an earlier policy."
+    )
+    findings: list[Finding]
+    action: Literal["none", "refresh", "random"]
+
+
 class RunRecord(Record):
     """A run: the artifacts it names by slot. What no run and no tag names may be collected."""
 
@@ -91,6 +123,9 @@ class RunRecord(Record):
     slots: dict[str, SlotRecord] = Field(default_factory=dict)
     notes: list[str] = Field(
         default_factory=list, description="Decisions taken on the way, such as a refresh."
+    )
+    checks: list[StageCheck] = Field(
+        default_factory=list, description="By stage; two of a stage that refreshed its trajectories."
     )
     status: Literal["running", "done", "failed"] = "running"
     error: str | None = None

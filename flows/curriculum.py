@@ -79,7 +79,7 @@ def curriculum(
     ] = None,
     refresh: Annotated[
         list[StepName] | None,
-        Field(max_length=8, description="Steps to compute again although they are there."),
+        Field(max_length=9, description="Steps to compute again although they are there."),
     ] = None,
 ) -> dict[str, Any]:
     """Run a curriculum, or go on with it.

@@ -18,9 +18,10 @@ from rich.progress import Task as Bar
 from rich.table import Table
 from rich.text import Text
 
+from cropi_core.checks import check_grid
 from cropi_core.progress import Progress
 from cropi_core.steps import StepResult
-from flows.summary import RunSummary, accuracy_grid, seconds_by_step, selection_grid
+from flows.summary import SHOWN_CHECKS, RunSummary, accuracy_grid, seconds_by_step, selection_grid
 
 PLAIN_EVERY_S = 10.0
 
@@ -117,6 +118,7 @@ def show_summary(summary: RunSummary, stream: TextIO | None = None) -> None:
     for title, (header, rows) in (
         ("Accuracy (95 % interval)", accuracy_grid(summary)),
         ("Prompts trained on, by source", selection_grid(summary)),
+        ("Can the scores be believed?", check_grid(summary.checks[-SHOWN_CHECKS:])),
     ):
         if rows:
             console.print(_table(title, header, rows))

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_schemas.manifest import Manifest, RunRecord
+from cropi_core.checks import check_grid
+from data_schemas.manifest import Manifest, RunRecord, StageCheck
 from tasks.tables import code, escaped, markdown_table
+
+SHOWN_CHECKS = 6
+"""The last checks of scores that are shown; the record and the report have them all."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class RunSummary:
     selected: dict[int, dict[str, int]]
     pool: dict[str, int]
     slots: list[SlotSummary]
+    checks: list[StageCheck]
     notes: list[str]
 
 
@@ -89,6 +94,7 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
             )
             for slot, entry in record.slots.items()
         ],
+        checks=list(record.checks),
         notes=list(record.notes),
     )
 
@@ -143,6 +149,7 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
             for step, (made, spent) in seconds_by_step(summary).items()
         },
         "slots": {s.slot: {"key": s.key, "digest": s.digest, "origin": s.origin} for s in summary.slots},
+        "checks": [check.model_dump(mode="json") for check in summary.checks],
         "notes": summary.notes,
     }
 
@@ -181,6 +188,7 @@ def as_markdown(summary: RunSummary, root: str) -> str:
     for title, (header, rows) in (
         ("Accuracy, 95 % interval", accuracy_grid(summary)),
         ("Share by source", selection_grid(summary)),
+        ("Can the scores be believed?", check_grid(summary.checks[-SHOWN_CHECKS:])),
     ):
         if rows:
             table = markdown_table([escaped(h) for h in header], [[escaped(c) for c in row] for row in rows])

@@ -17,7 +17,7 @@ from tasks.tables import step_rows
 
 KEYS: dict[StepName, str] = {
     step: f"cropi-{step}"
-    for step in ("rollouts", "gradients", "scores", "selection", "training", "evaluation")
+    for step in ("rollouts", "gradients", "scores", "diagnostics", "selection", "training", "evaluation")
 }
 """Key of a step's table in the UI."""
 RUN_KEY = "cropi-run"

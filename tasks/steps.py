@@ -31,6 +31,7 @@ DESCRIPTIONS: dict[StepName, str] = {
     "rollouts": "Sample and grade completions of the policy.",
     "gradients": "Compute projected policy gradients, one row a prompt.",
     "scores": "Score the pool by its influence on the validation sets.",
+    "diagnostics": "Compare the scores with those of fresh trajectories.",
     "selection": "Choose the prompts a stage trains on.",
     "training": "Train one GRPO stage.",
     "evaluation": "Measure accuracy on the validation and test sets.",

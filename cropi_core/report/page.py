@@ -35,6 +35,7 @@ from cropi_core.report.stages import (
     shares,
     status_counts,
 )
+from cropi_core.report.trust import panel
 from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord
@@ -55,6 +56,7 @@ class StageView:
     statuses: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     best: list[Example] = field(default_factory=list)
     worst: list[Example] = field(default_factory=list)
+    fallback: dict[str, Any] | None = None
 
 
 def render(store: Store, record: RunRecord) -> str:
@@ -81,6 +83,7 @@ def render(store: Store, record: RunRecord) -> str:
         "overlaps": _matrix(choices, overlap) if any(c.selected is not None for c in choices) else [],
         "correlations": _matrix(choices, rank_correlation),
         "score_figures": _score_figures(choices, artifacts.config.scores.metric),
+        "panel": panel(artifacts),
         "absent": _absent(artifacts.config),
         "slots": run_slots(artifacts),
         "tree": tree(artifacts),
@@ -124,7 +127,10 @@ def _view(artifacts: Artifacts, pool: Pool | None, stage: int) -> StageView:
         if (bins := pass_rate_bins(choice)) is not None:
             figure = Markup(plots.pass_rates(*bins, stage))  # noqa: S704 - matplotlib escapes its text
     best, worst = examples(artifacts, pool, choice) if choice.has_scores else ([], [])
-    return StageView(stage, choice, sources, levels, figure, status_counts(choice, pool), best, worst)
+    fallback = artifacts.summary(f"selection@{stage}").get("fallback")
+    return StageView(
+        stage, choice, sources, levels, figure, status_counts(choice, pool), best, worst, fallback
+    )
 
 
 def _learning(curves: list[Curve], trained: list[Trained]) -> list[tuple[str, Markup]]:

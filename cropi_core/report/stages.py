@@ -17,7 +17,6 @@ from data_schemas.arrow import SCORE_FIXED, SELECTION, STATUSES
 MOST_GROUPS = 24
 """Sources or levels a table lists; the rest of them, smallest in the pool, is one line."""
 UNMEASURED = "unmeasured"
-DRIFT = ("median_ess_share", "max_ratio", "mean_clip_fraction", "median_entropy", "median_norm")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class StageChoice:
         by_set: Similarity to each validation set, ``(n,)`` each.
         reason: ``(n,)`` sentences of the selection.
         not_gradable: Completions of the trajectories that could not be graded.
-        drift: Figures of the gradients' manifest.
         agreement: Split-half figures of the scores' manifest, by validation set.
     """
 
@@ -77,7 +75,6 @@ class StageChoice:
     by_set: dict[str, np.ndarray] = field(default_factory=dict)
     reason: list[str] = field(default_factory=list)
     not_gradable: int | None = None
-    drift: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -122,7 +119,6 @@ def read_choice(artifacts: Artifacts, pool: Pool, stage: int) -> StageChoice | N
         by_set=by_set,
         reason=[] if selection is None else _strings(selection, "reason", place, ""),
         not_gradable=artifacts.summary(slot).get("not_gradable") if slot else None,
-        drift={name: artifacts.summary(f"gradients/pool@{stage}").get(name) for name in DRIFT},
         agreement=artifacts.summary(f"scores@{stage}").get("sets", {}),
     )
 

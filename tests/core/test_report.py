@@ -1,5 +1,6 @@
 """A report says what the artifacts say, of any run, and nothing in it can act on its reader."""
 
+import html
 import itertools
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 pytest.importorskip("jinja2", reason="reports need the extra `report`")
 pytest.importorskip("matplotlib", reason="reports need the extra `report`")
 pytest.importorskip("trl", reason="training needs the extra `train`")
+
+from markupsafe import escape
 
 from cropi_core.configuration import load_config
 from cropi_core.curriculum import curriculum
@@ -210,6 +213,41 @@ def test_the_same_run_gives_the_same_bytes(
 ) -> None:
     again = write_report(store, finished.run, tmp_path / "again.html")
     assert again.read_text(encoding="utf-8") == page
+
+
+def cells(page: str, label: str) -> list[str]:
+    """The cells of one row of the table that says whether the scores can be believed."""
+    table = page[page.index('<table id="believed">') :]
+    row = re.search(f"<tr[^>]*><th>{re.escape(label)}</th>(.*?)</tr>", table, re.DOTALL)
+    assert row is not None, label
+    return [
+        html.unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", row[1], re.DOTALL)
+    ]
+
+
+def test_the_panel_shows_what_was_measured_against_which_limit_and_what_was_done(
+    store: Store, finished: RunRecord, page: str
+) -> None:
+    assert cells(page, "done") == ["scores used", "scores used", ""]
+    assert cells(page, "trajectories") == ["the current policy's own", "of an earlier policy", ""]
+    assert cells(page, "KL(β‖π) a token")[2] == "–"
+    assert "No limit is set" in page
+    limits = ["diagnostics.spot_check=20", "diagnostics.max_kl=1e-5", "diagnostics.max_dead_share=0.01"]
+    config = load_config(str(DEMO), [*TINY, *limits, "diagnostics.max_dead_share_action=random", "stages=2"])
+    record = curriculum(config, store, lambda spec: run_step(spec, store))
+    told = write_report(store, record.run).read_text(encoding="utf-8")
+    assert_harmless(told)
+    kl, done = cells(told, "KL(β‖π) a token"), cells(told, "done")
+    assert [c.action for c in record.checks] == ["random", "refresh", "random"]
+    assert kl[3] == "≤ 1e-05, else refresh"
+    assert float(kl[1]) == pytest.approx(record.checks[1].findings[0].value, rel=0.01)
+    again = "trajectories collected again"
+    assert done == ["random selection instead", again, "random selection instead", ""]
+    assert (
+        told.count('<span class="tag failed">at random</span> instead of by influence: max_dead_share') == 2
+    )
+    assert "Spot check, stage 1: of 20 prompts" in told
+    assert all(str(escape(note)) in told for note in record.notes)
 
 
 # -- what it must not do -------------------------------------------------------------------------------------

@@ -117,22 +117,6 @@ def test_always_collects_with_the_current_policy_at_every_stage(own_copy):
     assert summary["median_ess_share"] == pytest.approx(1, abs=1e-4), "on policy every ratio is one"
 
 
-def test_drift_collects_again_and_says_why(own_copy):
-    root, reference = own_copy
-    record = go(tiny(rollouts={"refresh": "drift", "min_ess": 1.0}), root)
-    share = Store(root).manifest(reference.slots["gradients/pool@2"].ref).summary["median_ess_share"]
-    assert share < 1
-    (note,) = record.notes
-    assert "stage 2" in note
-    assert f"{share:.2f}" in note
-    assert "rollouts.min_ess=1.0" in note
-    assert behaviour(root, record, "rollouts/pool@2") == record.slots["policy@1"].ref.digest
-    calm = go(tiny(rollouts={"refresh": "drift", "min_ess": 0.0}), root)
-    assert "rollouts/pool@2" not in calm.slots
-    assert computed(calm) == set()
-    assert calm.notes == []
-
-
 # -- nothing twice, nothing skipped -------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The real curriculum on the embedded world, through Prefect."""
 
+import html
+import io
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from cropi_core.errors import ConfigError, CropiError
 from cropi_core.runs import load_run
 from cropi_core.store import Store
 from flows.curriculum import curriculum
+from flows.display import show_summary
 from flows.server import settle
+from flows.summary import as_markdown, summarise
 from tests.flows.conftest import tiny_config
 
 UI_KEYS = {"run", "rollouts", "gradients", "scores", "selection", "training", "evaluation"}
@@ -65,6 +69,33 @@ def test_a_second_run_computes_nothing_changes_no_byte_and_is_shown_all_the_same
     states = states_of(flow_run_id)
     assert {states[slot] for slot in second["slots"]} == {"Cached"}
     assert artifacts_of(flow_run_id) == {f"cropi-{name}" for name in UI_KEYS}
+
+
+def test_a_spot_check_and_a_passed_limit_are_shown_and_change_what_they_must(own_copy):
+    root, _ = own_copy
+    limits = {"spot_check": 8, "max_dead_share": 0.0, "max_dead_share_action": "random"}
+    state: State = curriculum(config=tiny_config(diagnostics=limits), root=str(root), return_state=True)
+    summary = state.result()
+    made = {slot for slot, origin in origins(summary).items() if origin == "computed"}
+    spot = {"prompts/spot@1", "rollouts/spot@1", "gradients/spot@1", "scores/spot@1", "diagnostics@1"}
+    assert made == spot | {"selection@1", "policy@1", "evaluation@1"}
+    (check,) = summary["checks"]
+    assert check["action"] == "random"
+    (note,) = summary["notes"]
+    assert "diagnostics.max_dead_share=0" in note
+    assert artifacts_of(state.state_details.flow_run_id) == {f"cropi-{n}" for n in {*UI_KEYS, "diagnostics"}}
+    store = Store(root)
+    told = summarise(load_run(store, summary["run"]), store.manifest)
+    terminal = io.StringIO()
+    show_summary(told, terminal)
+    for shown in (terminal.getvalue(), html.unescape(as_markdown(told, str(root)).replace("\\", ""))):
+        for words in (
+            "Can the scores be believed?",
+            "≤ 0 %, else random",
+            "spot check: rank correlation",
+            note,
+        ):
+            assert words in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("harm", ["delete", "change"])

@@ -1,0 +1,80 @@
+"""Whether a stage's scores can be believed, as a table: figures, limits, and what was done about them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cropi_core.checks import FIGURES, limit_of, number, shown, title
+from cropi_core.report.data import Artifacts, shown_stages
+from data_schemas.manifest import StageCheck
+
+DONE = {
+    "none": "scores used",
+    "refresh": "trajectories collected again",
+    "random": "random selection instead",
+}
+WHOSE = {"own": "the current policy's own", "stored": "of an earlier policy", "pinned": "pinned"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: its limit, and for every check its value and whether it lies beyond the limit."""
+
+    label: str
+    meaning: str
+    limit: str
+    cells: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The table, a column a check; ``spots`` says of every spot check what its figures rest on."""
+
+    titles: list[str]
+    rows: list[Row]
+    trajectories: list[str]
+    done: list[tuple[str, bool]]
+    limited: bool
+    spots: list[str]
+
+
+def panel(artifacts: Artifacts) -> Panel | None:
+    """Lay out the checks of the stages that the report shows in full; None if the run has none."""
+    stages = shown_stages(artifacts.stages())
+    checks = [check for check in artifacts.record.checks if check.stage in stages]
+    if not checks:
+        return None
+    found = [{finding.figure: finding for finding in check.findings} for check in checks]
+    rows = []
+    for figure in FIGURES:
+        findings = [by_name.get(figure.name) for by_name in found]
+        known = [f for f in findings if f is not None]
+        if any(f.value is not None or f.rule for f in known):
+            cells = [("–", False) if f is None else (shown(figure, f.value), f.passed) for f in findings]
+            rows.append(Row(figure.label, figure.meaning, limit_of(figure, known), cells))
+    return Panel(
+        titles=[title(check) for check in checks],
+        rows=rows,
+        trajectories=[WHOSE[check.trajectories] for check in checks],
+        done=[(DONE[check.action], check.action != "none") for check in checks],
+        limited=any(finding.rule for check in checks for finding in check.findings),
+        spots=[said for check in checks if (said := _spot(artifacts, check)) is not None],
+    )
+
+
+def _spot(artifacts: Artifacts, check: StageCheck) -> str | None:
+    """Say what a stage's spot check rests on, and what chance would reach."""
+    kept = "/stored" if check.action == "refresh" else ""
+    found: dict[str, Any] = artifacts.summary(f"diagnostics{kept}@{check.stage}")
+    if "compared" not in found:
+        return None
+    said = (
+        f"{title(check)}: of {found['prompts']} prompts {found['compared']} have a gradient both times, "
+        f"{found['revived']} only by fresh trajectories, {found['lost']} only by those that were scored"
+    )
+    if found.get("top") is None:
+        return f"{said}: too few to compare"
+    return (
+        f"{said}. Two random orders have {100 * found['chance']:.0f} % of the best {found['top']} in common; in 19 of "
+        f"20 cases they stay within {100 * found['chance_95']:.0f} %, and below a rank correlation of "
+        f"{number(found['spearman_95'])}"
+    )

@@ -1,0 +1,68 @@
+"""The section ``diagnostics``: limits beyond which a stage's scores are not believed, and what is done then."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from data_schemas.sources import Section
+
+Action = Literal["refresh", "random"]
+
+
+class Diagnostics(Section):
+    """When not to believe a score, and what is done then; for strategies that read gradients. All limits are off.
+
+    `refresh` collects the trajectories again, once a stage, and scores again. `random` selects at random. A limit that
+    is passed is noted in the run's record, whatever could be done about it.
+    """
+
+    max_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest KL(β‖π_θ) a token, mean of the pool's prompts with a gradient.",
+    )
+    max_kl_action: Action = "refresh"
+    min_ess: float | None = Field(
+        default=None, ge=0, le=1, description="Least median of ESS / samples over the same prompts."
+    )
+    min_ess_action: Action = "refresh"
+    max_dead_share: float | None = Field(
+        default=None, ge=0, le=1, description="Largest share of the pool's prompts without a gradient."
+    )
+    max_dead_share_action: Action = "refresh"
+    min_target_agreement: float | None = Field(
+        default=None,
+        ge=-1,
+        le=1,
+        description="`influence`: least cosine of the targets of two halves of a validation set, in the worst set.",
+    )
+    min_target_agreement_action: Action = "random"
+    min_spot_correlation: float | None = Field(
+        default=None,
+        ge=-1,
+        le=1,
+        description="`influence`: least rank correlation of the spot check.",
+    )
+    min_spot_correlation_action: Action = "refresh"
+    spot_check: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="`influence`: prompts that are sampled afresh and scored by it, every stage; 0: no check.",
+    )
+    spot_dead_share: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of these drawn from the prompts without a gradient."
+    )
+    spot_seed: int = Field(
+        default=500,
+        ge=0,
+        lt=2**31,
+        description="Added to the seed of the stage's trajectories; 0 draws the completions of a fresh pool again.",
+    )
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether a limit is set that asks for new trajectories."""
+        actions = [name for name in type(self).model_fields if name.endswith("_action")]
+        limits = {name: getattr(self, name.removesuffix("_action")) for name in actions}
+        return any(limits[name] is not None and getattr(self, name) == "refresh" for name in actions)
