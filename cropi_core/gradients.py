@@ -7,43 +7,28 @@ zero, or undefined, are never run: their status says why.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from cropi_core.checkpoint import tree_digest
-from cropi_core.features import Batch, FeatureEngine
+from cropi_core.features import FeatureEngine
 from cropi_core.gradient_store import GradientStore
-from cropi_core.groups import NOT_FINITE, OK, Group, batches, group_rollouts, make_batch
-from cropi_core.objective import token_weights
+from cropi_core.group_features import Budget, Job, project_blocks
+from cropi_core.groups import NOT_FINITE, OK, Group, group_rollouts
 from cropi_core.policy import load_policy
 from cropi_core.progress import Progress, Report, silent
-from cropi_core.projection import self_test
 from cropi_core.rollouts import read_rollouts, sampling_of
+from cropi_core.self_test import check_reading, plain_logprobs, self_test
 from cropi_core.shard_pool import compute_shards
 from data_schemas.arrow import STATUSES
-from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
+from data_schemas.config import Gradients, Objective, Projection, Runtime
 
 FIGURES = ("norm", "ess", "max_ratio", "clip_fraction", "kl", "kl_k1", "entropy", "mean_reward")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What computes features: everything but the rows, the same for every shard and worker."""
-
-    policy: Path
-    dtype: str
-    objective: Objective
-    projection: Projection
-    layout: Gradients
-    sampling: Sampling
-    max_new_tokens: int
-    runtime: Runtime
 
 
 def compute(
@@ -111,9 +96,12 @@ def compute(
 
 def load_engine(job: Job, threads: int) -> FeatureEngine:
     """Load the model with its hooks, on ``threads`` threads."""
-    torch.set_num_threads(threads)
-    model, _ = load_policy(job.policy, job.dtype, job.runtime.device)
-    return FeatureEngine(model, job.projection)
+    torch.set_num_threads(1 if job.layout.deterministic else threads)
+    model, _ = load_policy(job.policy, job.dtype, job.runtime.device, attention="eager")
+    expected = plain_logprobs(model)
+    engine = FeatureEngine(model, job.projection)
+    check_reading(engine, expected)
+    return engine
 
 
 def _describe(job: Job, engine: FeatureEngine, policy_digest: str, table: pa.Table) -> dict[str, Any]:
@@ -155,11 +143,23 @@ def _run_shards(
     yield from compute_shards(slices, workers, _start_worker, arguments)
 
 
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Let torch take no algorithm whose sums come in any order, such as atomic adds on a GPU."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Worker:
     """A model with its engine, writing shards of one store."""
 
     def __init__(self, job: Job, engine: FeatureEngine, store: GradientStore) -> None:
         self.job, self.engine, self.store = job, engine, store
+        self.budget = Budget(job.runtime.token_budget)
 
     def write(self, shard: int, groups: list[Group]) -> None:
         """Compute and write one shard."""
@@ -170,9 +170,8 @@ class Worker:
         for i, group in enumerate(groups):
             if len(group.rewards):
                 figures["mean_reward"][i] = group.rewards.mean()
-        for members in batches(groups, self.job.layout.block_rows, self.job.runtime.token_budget):
-            rows, per_prompt = project_groups(self.engine, [groups[i] for i in members], self.job)
-            for i, row, found in zip(members, rows.cpu().numpy(), per_prompt, strict=True):
+        with deterministic_algorithms(self.job.layout.deterministic):
+            for i, row, found in project_blocks(self.engine, groups, self.job, self.budget):
                 if not np.isfinite(row).all():
                     status[i] = NOT_FINITE
                     continue
@@ -196,77 +195,6 @@ def _start_worker(
         attributes=attributes,
     )
     return Worker(job, load_engine(job, threads), store).write
-
-
-# -- features --------------------------------------------------------------------------------------------------------
-
-
-def project_groups(
-    engine: FeatureEngine, groups: list[Group], job: Job
-) -> tuple[Tensor, list[dict[str, float]]]:
-    """Compute the features of groups of one size, and the figures of each.
-
-    One forward and one backward. A single group past the token budget is cut into pieces of completions: weights of
-    the whole group come from a forward of their own, and the pieces' gradients are summed.
-
-    Returns:
-        (prompts, k) features; per prompt ``ess``, ``max_ratio``, ``clip_fraction``, ``kl``, ``kl_k1``, ``entropy``.
-    """
-    device, out, found = engine.model.device, engine.accumulators(len(groups)), []
-    temperature, size = job.sampling.temperature, len(groups[0].completions)
-
-    def weigh(batch: Batch) -> Any:
-        def weights(logprobs: Tensor, entropy: Tensor) -> Tensor:
-            nonlocal found
-            found, parts = [], []
-            for p, group in enumerate(groups):
-                rows = slice(p * size, (p + 1) * size)
-                part, figures = _weigh_group(
-                    group, logprobs[rows], entropy[rows], batch.completion[rows], job
-                )
-                parts.append(part)
-                found.append(figures)
-            return torch.cat(parts)
-
-        return weights
-
-    pieces = max(1, job.runtime.token_budget // groups[0].length)
-    if len(groups) > 1 or pieces >= size:
-        batch = make_batch(groups, slice(None), device)
-        engine.project(batch, temperature, weigh(batch), out)
-        return engine.features(out), found
-    whole = make_batch(groups, slice(None), device)
-    cuts = [slice(i, min(i + pieces, size)) for i in range(0, size, pieces)]
-    sheets = [engine.logprobs(_rows(whole, cut), temperature) for cut in cuts]
-    weights = weigh(whole)(torch.cat([s[0] for s in sheets]), torch.cat([s[1] for s in sheets]))
-    for cut in cuts:
-        engine.project(_rows(whole, cut), temperature, lambda *_, cut=cut: weights[cut], out)
-    return engine.features(out), found
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.ids[rows], batch.mask[rows], batch.completion[rows], batch.prompts)
-
-
-def _weigh_group(
-    group: Group, logprobs: Tensor, entropy: Tensor, mask: Tensor, job: Job
-) -> tuple[Tensor, dict[str, float]]:
-    """Compute one group's token weights (G, T) and figures from its log-probabilities."""
-    behavior = torch.zeros(logprobs.shape, dtype=torch.float64)
-    for i, values in enumerate(group.behavior):
-        behavior[i, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    rewards = torch.from_numpy(group.rewards).to(logprobs.device)
-    weights = token_weights(
-        logprobs, behavior.to(logprobs.device), mask, rewards, job.objective, job.max_new_tokens
-    )
-    return weights.weights, {
-        "ess": weights.ess,
-        "max_ratio": weights.max_ratio,
-        "clip_fraction": weights.clip_fraction,
-        "kl": weights.kl,
-        "kl_k1": weights.kl_k1,
-        "entropy": float(entropy[mask].mean()),
-    }
 
 
 def summarise(store: GradientStore, attributes: dict[str, Any]) -> dict[str, Any]:

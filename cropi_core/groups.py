@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from cropi_core.errors import DataError
-from cropi_core.features import Batch
+from cropi_core.packing import packed_tokens
 from data_schemas.arrow import STATUSES
 
 OK, ZERO_VARIANCE, NOT_FINITE, TOO_FEW_GRADABLE = range(len(STATUSES))
@@ -35,13 +34,13 @@ class Group:
     status: int
 
     @property
-    def length(self) -> int:
-        """Padded tokens of one of its rows."""
-        return len(self.prompt) + max(map(len, self.completions), default=0)
+    def packed(self) -> int:
+        """Tokens that a pass over it reads: the prompt is there once."""
+        return packed_tokens(self.prompt, self.completions)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a pass over it reads, without padding."""
+        """Tokens of its sequences, each with its prompt."""
         return sum(len(self.prompt) + len(c) for c in self.completions)
 
 
@@ -86,37 +85,20 @@ def group_rollouts(table: pa.Table, min_gradable: int) -> list[Group]:
 
 
 def batches(groups: list[Group], block_rows: int, token_budget: int) -> Iterator[list[int]]:
-    """Cut the live groups into batches: within a block, of one size, of like length, within the budget.
+    """Cut the live groups into batches: within a block, of like length, within the budget.
 
     Yields:
         Indices into ``groups``; each live group exactly once, dead ones never.
     """
     for begin in range(0, len(groups), block_rows):
         block = [i for i in range(begin, min(begin + block_rows, len(groups))) if groups[i].status == OK]
-        for size in sorted({len(groups[i].completions) for i in block}):
-            members = sorted(
-                (i for i in block if len(groups[i].completions) == size), key=lambda i: (groups[i].length, i)
-            )
-            batch: list[int] = []
-            for i in members:  # ascending length: the new one sets the padded length of all
-                if batch and (len(batch) + 1) * size * groups[i].length > token_budget:
-                    yield batch
-                    batch = []
-                batch.append(i)
-            if batch:
+        batch: list[int] = []
+        tokens = 0
+        for i in sorted(block, key=lambda i: (groups[i].packed, i)):
+            if batch and tokens + groups[i].packed > token_budget:
                 yield batch
-
-
-def make_batch(groups: list[Group], pieces: slice, device: torch.device) -> Batch:
-    """Pad completions ``pieces`` of every group into one batch: prompts on the left, completions on the right."""
-    rows = [(g.prompt, c) for g in groups for c in g.completions[pieces]]
-    left, right = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
-    ids = torch.zeros(len(rows), left + right, dtype=torch.long)
-    mask = torch.zeros(len(rows), left + right, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(rows):
-        begin, end = left - len(prompt), left + len(completion)
-        ids[row, begin:end] = torch.tensor(prompt + completion)
-        mask[row, begin:end] = True
-    completion_mask = mask.clone()
-    completion_mask[:, :left] = False
-    return Batch(ids.to(device), mask.to(device), completion_mask[:, left:].to(device), len(groups))
+                batch, tokens = [], 0
+            batch.append(i)
+            tokens += groups[i].packed
+        if batch:
+            yield batch

@@ -88,8 +88,16 @@ class Projection(Section):
 
     kind: Literal["sjlt", "none"] = "sjlt"
     k: int = Field(default=8192, ge=16, le=1 << 20, description="Dimensions of a feature.")
-    density: float = Field(default=0.1, gt=0, le=1, description="Share of the coordinates kept.")
-    form: Literal["factored", "uniform"] = "factored"
+    density: float = Field(
+        default=0.1, gt=0, le=1, description="Numbers kept, as a share of the coordinates."
+    )
+    form: Literal["folded", "factored", "uniform"] = Field(
+        default="folded",
+        description="`folded` adds rows and columns up in groups, `factored` keeps some of them, `uniform` some coordinates.",
+    )
+    min_side: int = Field(
+        default=128, ge=1, description="`folded`: no side of a weight is folded to less than this."
+    )
     seed: int = 0
     dtype: Literal["float16", "float32"] = "float16"
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from cropi_core.errors import ProjectionError
 from cropi_core.features import FeatureEngine
+from cropi_core.folding import Subset
 from cropi_core.gradient_store import GradientStore
 from cropi_core.gradients import compute
+from cropi_core.packing import make_pack
 from cropi_core.policy import load_policy
 from cropi_core.progress import silent
 from data_schemas.config import Gradients, Objective, Projection, Runtime
@@ -184,7 +186,7 @@ def test_dead_prompts_cost_nothing_and_say_why(tmp_path, monkeypatch):
     seen = []
     project = FeatureEngine.project
     monkeypatch.setattr(
-        FeatureEngine, "project", lambda s, b, *a: seen.append(b.prompts) or project(s, b, *a)
+        FeatureEngine, "project", lambda s, b, *a: seen.append(len(b.lengths)) or project(s, b, *a)
     )
     store = extract(tmp_path, policy, rollouts)
     assert store.column("status").tolist() == [1, 3, 0]
@@ -199,8 +201,8 @@ def test_projected_is_the_projection_of_the_full_gradient(tmp_path):
     policy = save_tiny(tmp_path / "policy", tie=False)
     rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3)
     full = extract(tmp_path, policy, rollouts, "full")
-    for form in ("factored", "uniform"):
-        projection = Projection(k=64, density=0.3, form=form, dtype="float32")
+    for form in ("folded", "factored", "uniform"):
+        projection = Projection(k=64, density=0.3, form=form, min_side=10, dtype="float32")
         store = extract(tmp_path, policy, rollouts, form, projection=projection)
         model, _ = load_policy(policy, "float32", "cpu")
         engine = FeatureEngine(model, projection)
@@ -210,15 +212,30 @@ def test_projected_is_the_projection_of_the_full_gradient(tmp_path):
                 m, n = sketch.shape
                 block = gradient[begin : begin + m * n]
                 begin += m * n
-                flat = (
-                    sketch.kept
-                    if sketch.kept is not None
-                    else (sketch.rows[:, None] * n + sketch.columns).flatten()
-                )
                 cells = sketch.cells.numpy()
                 signs = np.where(cells >= 64, -1.0, 1.0)
-                np.add.at(expected, cells % 64, sketch.scale * signs * block[flat.numpy()])
+                np.add.at(expected, cells % 64, sketch.scale * signs * kept_of(sketch, block))
             assert relative(store.rows(i, i + 1)[0], expected) < 1e-5
+
+
+def kept_of(sketch, block):
+    """What S leaves of a flat gradient block, written out as it is defined."""
+    m, n = sketch.shape
+    if sketch.kept is not None:
+        return block[sketch.kept.numpy()]
+    if isinstance(sketch.left, Subset):
+        return block.reshape(m, n)[sketch.left.index][:, sketch.right.index].flatten()
+    folded = np.zeros((sketch.left.size, sketch.right.size))
+    for i in range(m):
+        for j in range(n):
+            row, column = place_of(sketch.left, i), place_of(sketch.right, j)
+            sign = float(sketch.left.signs[i] * sketch.right.signs[j])
+            folded[row, column] += sign * block[i * n + j]
+    return folded.flatten()
+
+
+def place_of(side, coordinate):
+    return (coordinate + side.shifts[coordinate // side.size]) % side.size
 
 
 class _Odd(nn.Module):
@@ -240,16 +257,13 @@ def test_a_module_out_of_reach_is_named():
 
 
 def test_a_module_that_is_never_called_is_named(tmp_path):
-    from cropi_core.features import Batch
-
     model, _ = tiny_model(tie=False)
     lost = nn.Linear(32, 32)
     model.model.layers[1].extra = lost
     engine = FeatureEngine(model, EXACT)
-    ids = torch.randint(4, 20, (2, 6))
-    batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones(2, 3).bool(), 1)
+    pack = make_pack([[4, 5, 6]], [[[7, 8, 9], [10, 11]]], torch.device("cpu"))
     with pytest.raises(ProjectionError, match=r"layers\.1\.extra"):
-        engine.project(batch, 1.0, lambda logp, _: torch.ones_like(logp), engine.accumulators(1))
+        engine.project(pack, 1.0, lambda _, logp, __: torch.ones_like(logp), engine.accumulators(1))
 
 
 def test_frozen_parameters_are_left_out_by_name():

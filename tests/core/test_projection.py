@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from cropi_core.counter import below, key64, random64, uniform
 from cropi_core.errors import ProjectionError
-from cropi_core.projection import build_sketches, fold, self_test, width
+from cropi_core.folding import Fold
+from cropi_core.projection import build_sketches, fold, width
+from cropi_core.self_test import self_test
 from data_schemas.config import Projection
 
 CPU = torch.device("cpu")
 KNOWN = (1, 4, [996, 835, 461, 767], 20, 15)
+KNOWN_FOLD = ((0, 7, 7, 10), [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0], (0, 9, 4, 0), [1935, 627, 1658, 1119])
 SHAPES = {"embed": (300, 40), "up": (96, 40), "down": (40, 96), "norm": (40,), "head": (300, 40)}
 
 
@@ -35,7 +38,8 @@ def project(sketches, projection, gradients):
         if len(SHAPES[name]) == 1:
             sketch.add_vector(g.T, out)
         else:
-            sketch.add_outer(torch.eye(g.shape[0])[None], g[None], out)
+            left, right = sketch.reduce_left(torch.eye(g.shape[0])), sketch.reduce_right(g)
+            sketch.add_outer(left, right, [0, g.shape[0]], out)
     return fold(out, projection)[0]
 
 
@@ -63,14 +67,14 @@ def test_uniform_and_below_are_uniform():
     assert ((np.bincount(buckets) - 10_000) ** 2 / 10_000).sum() < 25
 
 
-@pytest.mark.parametrize("form", ["factored", "uniform"])
+@pytest.mark.parametrize("form", ["folded", "factored", "uniform"])
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
 def test_inner_products_within_the_johnson_lindenstrauss_bound(form, density):
     """Mean error near 0 and the tail as the variance says, for gradients of low rank as layers have them."""
     k, errors = 512, []
     generator = torch.Generator().manual_seed(0)
     for seed in range(30):
-        projection = Projection(k=k, density=density, form=form, seed=seed)
+        projection = Projection(k=k, density=density, form=form, seed=seed, min_side=1)
         sketches = build_sketches(SHAPES, projection, CPU)
         x = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
         y = {n: 0.5 * x[n] + math.sqrt(0.75) * torch.randn(s, generator=generator) for n, s in SHAPES.items()}
@@ -84,17 +88,45 @@ def test_inner_products_within_the_johnson_lindenstrauss_bound(form, density):
     assert 0.5 * deviation < np.std(errors) < 1.7 * deviation
 
 
-@pytest.mark.parametrize("form", ["factored", "uniform"])
+@pytest.mark.parametrize("form", ["folded", "factored", "uniform"])
 def test_norm_is_unbiased(form):
     ratios = []
     generator = torch.Generator().manual_seed(1)
     for seed in range(60):
-        projection = Projection(k=256, density=0.2, form=form, seed=seed)
+        projection = Projection(k=256, density=0.2, form=form, seed=seed, min_side=1)
         sketches = build_sketches(SHAPES, projection, CPU)
         x = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
         full = sum(float(v.square().sum()) for v in x.values())
         ratios.append(float(project(sketches, projection, x).square().sum()) / full)
     assert abs(np.mean(ratios) - 1) < 4 * np.std(ratios) / math.sqrt(len(ratios))
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
+def test_folding_leaves_no_coordinate_out_and_short_sides_whole(density):
+    """Mistake 1: every coordinate of every layer reaches the sketch; a side keeps what its density or its length asks."""
+    sketches = build_sketches(SHAPES, Projection(density=density, form="folded", min_side=30), CPU)
+    for name, sketch in sketches.items():
+        m, n = sketch.shape
+        for side, size in ((sketch.left, m), (sketch.right, n)):
+            wanted = size if n == 1 else min(size, max(30, round(size * math.sqrt(density))))
+            assert side.size == wanted, name
+            present, places, signs = side.find(torch.arange(size))
+            assert present.all()
+            assert set(places.tolist()) == set(range(side.size)), "no place stays empty"
+            assert set(signs.tolist()) <= {-1.0, 1.0}
+            assert torch.equal(side.reduce(torch.eye(size)), torch.eye(side.size)[places] * signs[:, None])
+
+
+def test_two_coordinates_rarely_meet_in_a_fold():
+    """At most once in `size` folds, whichever two: all that the variance bound of a count sketch asks of its hash."""
+    size, folds = 16, 4000
+    together = torch.zeros(50, 50)
+    for seed in range(folds):
+        side = Fold.make(seed, 50, size, CPU)
+        _, places, _ = side.find(torch.arange(50))
+        together += places[:, None] == places[None]
+    off = together - torch.diag(together.diag())
+    assert float(off.max()) / folds < 1 / size + 5 * math.sqrt(1 / size / folds)
 
 
 @pytest.mark.parametrize("form", ["factored", "uniform"])
@@ -104,10 +136,10 @@ def test_every_layer_is_covered_in_proportion(form, density):
     sketches = build_sketches(SHAPES, Projection(density=density, form=form), CPU)
     for sketch in sketches.values():
         m, n = sketch.shape
-        step = 1 if form == "uniform" or n == 1 else max(len(sketch.rows), len(sketch.columns))
+        step = 1 if form == "uniform" or n == 1 else max(sketch.left.size, sketch.right.size)
         assert abs(sketch.cells.numel() - density * m * n) <= max(1, step)
-        index = sketch.rows if sketch.rows is not None else sketch.kept
-        size = m if sketch.rows is not None else m * n
+        index = sketch.left.index if sketch.left is not None else sketch.kept
+        size = m if sketch.left is not None else m * n
         if len(index) >= 10:  # uniform over the whole range: both halves are drawn from
             assert 0.2 < float((index < size / 2).float().mean()) < 0.8
 
@@ -121,9 +153,16 @@ def test_indices_are_whole_and_within_bounds(m, n, density, form):
     assert int(sketch.cells.min()) >= 0
     assert int(sketch.cells.max()) < 64
     assert sketch.scale == pytest.approx(math.sqrt(m * n / cells))
-    flat = sketch.kept if sketch.kept is not None else (sketch.rows[:, None] * n + sketch.columns).flatten()
+    flat = flat_of(sketch)
     assert len(flat.unique()) == cells
     assert int(flat.max()) < m * n
+
+
+def flat_of(sketch):
+    """Flat coordinates that a sketch keeps."""
+    if sketch.kept is not None:
+        return sketch.kept
+    return (sketch.left.index[:, None] * sketch.shape[1] + sketch.right.index).flatten()
 
 
 def test_a_coordinate_keeps_its_bucket_in_both_forms():
@@ -134,7 +173,7 @@ def test_a_coordinate_keeps_its_bucket_in_both_forms():
     ]
     whole = sketches[0].cells
     assert torch.equal(sketches[1].cells, whole[sketches[1].kept])
-    flat = (sketches[2].rows[:, None] * 30 + sketches[2].columns).flatten()
+    flat = flat_of(sketches[2])
     assert torch.equal(sketches[2].cells, whole[flat])
     other = build_sketches({"v": (50, 30)}, Projection(k=64, density=1.0, form="uniform"), CPU)["v"]
     assert float((other.cells == whole).float().mean()) < 0.1
@@ -142,23 +181,32 @@ def test_a_coordinate_keeps_its_bucket_in_both_forms():
 
 def test_known_answer():
     """The projection is part of the artifacts' format: these numbers may change only with a new algorithm version."""
-    sketch = build_sketches({"model.layers.0.w": (64, 48)}, Projection(k=1000, density=0.1), CPU)[
+    shape = {"model.layers.0.w": (64, 48)}
+    factored = build_sketches(shape, Projection(k=1000, density=0.1, form="factored"), CPU)[
         "model.layers.0.w"
     ]
     first = (
-        int(sketch.rows[0]),
-        int(sketch.columns[0]),
-        sketch.cells[:4].tolist(),
-        len(sketch.rows),
-        len(sketch.columns),
+        int(factored.left.index[0]),
+        int(factored.right.index[0]),
+        factored.cells[:4].tolist(),
+        factored.left.size,
+        factored.right.size,
     )
     assert first == KNOWN, first
+    folded = build_sketches(shape, Projection(k=1000, density=0.1, min_side=1), CPU)["model.layers.0.w"]
+    again = (
+        folded.left.shifts,
+        folded.left.signs[:6].tolist(),
+        folded.right.shifts,
+        folded.cells[:4].tolist(),
+    )
+    assert again == KNOWN_FOLD, again
     assert key64("a", "bc") != key64("ab", "c")
 
 
 def test_self_test_passes_and_refuses():
     """A projection that returns zeros, drops signs or forgets a layer does not reach model work."""
-    projection = Projection(k=256, density=0.5)
+    projection = Projection(k=256, density=0.5, form="factored")
     good = build_sketches(SHAPES, projection, CPU)
     figures = self_test(good, projection, CPU)
     assert abs(figures["norm_ratio"] - 1) < 0.2
@@ -172,7 +220,7 @@ def test_self_test_passes_and_refuses():
     unscaled = {n: replace(s, scale=1.0) for n, s in good.items()}
     with pytest.raises(ProjectionError, match="norm ratio"):
         self_test(unscaled, projection, CPU)
-    few = build_sketches(SHAPES, Projection(k=256, density=0.05), CPU)
+    few = build_sketches(SHAPES, Projection(k=256, density=0.05, form="factored"), CPU)
     with pytest.raises(ProjectionError, match="keeps"):
         self_test(good | {"up": few["up"]}, projection, CPU)
 

@@ -1,0 +1,152 @@
+"""The policy's output layer in pieces: log-probabilities and their gradient without the logits of all tokens.
+
+For a loss Σ c_t log π(y_t) the gradient of the logits is c_t/T · (onehot − softmax): it follows from the logits of
+the same piece, so a piece of tokens goes through the vocabulary, back, and is forgotten. No graph, no (tokens,
+vocabulary) tensor of the whole pack: for 4,096 tokens and 49,152 entries that one alone is 0.8 GB, and autograd keeps
+three of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cropi_core.errors import ProjectionError
+
+PIECE_BYTES = 64 << 20
+"""Bytes of the float32 logits of a piece."""
+
+Weigh = Callable[[range, Tensor, Tensor], Tensor]
+"""Weights c of the tokens of some prompts, from their log-probabilities and entropies; all are (tokens,)."""
+Deliver = Callable[[range, Tensor, Tensor], None]
+"""Takes the prompts of a piece, the gradient of its logits (tokens, vocabulary) and its input (tokens, d)."""
+
+
+class Head:
+    """The last linear layer of a policy, and what it does to its logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the layer.
+
+        Raises:
+            ProjectionError: It is not a plain linear layer.
+        """
+        module: Any = model.get_output_embeddings()
+        if type(module) is not nn.Linear:
+            raise ProjectionError(
+                f"the output layer of {type(model).__name__} is a {type(module).__name__}; a plain nn.Linear is "
+                "supported (an adapter on it is not: leave it out of the adapter's target modules)"
+            )
+        self.module = module
+        config: Any = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.piece = max(1, PIECE_BYTES // (4 * module.weight.shape[0]))
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log π of the targets and the entropy, float32, without a graph.
+
+        Args:
+            hidden: (tokens, d) outputs of the model's body that predict them.
+            targets: (tokens,) ids.
+            temperature: Of the distribution.
+        """
+        parts = [
+            self._distribution(h, t, temperature)[:2]
+            for h, t in zip(hidden.split(self.piece), targets.split(self.piece), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def backward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        bounds: list[int],
+        temperature: float,
+        weigh: Weigh,
+        deliver: Deliver,
+    ) -> Tensor:
+        """Differentiate Σ c_t log π(target_t) by ``hidden``, and hand the gradient of the logits on, piece by piece.
+
+        Prompts are taken whole as long as a piece holds them: their weights then follow from the piece itself. A
+        prompt past that is read twice, for its log-probabilities and for their gradient.
+
+        Args:
+            hidden: (tokens, d), without a graph.
+            targets: (tokens,) ids.
+            bounds: Where each prompt's tokens begin, and the end of the last.
+            temperature: Of the distribution.
+            weigh: Called once for each prompt.
+            deliver: Called for every piece; a long prompt comes in several.
+
+        Returns:
+            (tokens, d) gradient.
+        """
+        gradient = torch.empty_like(hidden)
+        for prompts in self._pieces(bounds):
+            begin, end = bounds[prompts.start], bounds[prompts.stop]
+            if end - begin <= self.piece:
+                inside = slice(begin, end)
+                gradient[inside] = self._piece(
+                    hidden[inside],
+                    targets[inside],
+                    temperature,
+                    lambda *a: weigh(prompts, *a),
+                    prompts,
+                    deliver,
+                )
+                continue
+            weights = weigh(prompts, *self.logprobs(hidden[begin:end], targets[begin:end], temperature))
+            for at in range(begin, end, self.piece):
+                inside = slice(at, min(at + self.piece, end))
+                own = weights[at - begin : inside.stop - begin]
+                gradient[inside] = self._piece(
+                    hidden[inside], targets[inside], temperature, lambda *_, own=own: own, prompts, deliver
+                )
+        return gradient
+
+    def _pieces(self, bounds: list[int]) -> list[range]:
+        """Cut the prompts into runs that a piece holds; one that no piece holds is a run of its own."""
+        runs, start = [], 0
+        for p in range(1, len(bounds)):
+            if p == len(bounds) - 1 or bounds[p + 1] - bounds[start] > self.piece:
+                runs.append(range(start, p))
+                start = p
+        return runs
+
+    def _piece(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        weights_of: Callable[[Tensor, Tensor], Tensor],
+        prompts: range,
+        deliver: Deliver,
+    ) -> Tensor:
+        chosen, entropy, probabilities, slope = self._distribution(hidden, targets, temperature)
+        weights = weights_of(chosen, entropy).to(chosen) / temperature
+        gradient = probabilities.mul_(-weights[:, None])
+        gradient[torch.arange(len(targets), device=targets.device), targets] += weights
+        if slope is not None:
+            gradient.mul_(slope)
+        deliver(prompts, gradient, hidden)
+        weight = self.module.weight
+        return gradient.to(weight.dtype) @ weight
+
+    def _distribution(
+        self, hidden: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return log π of the targets, entropies, probabilities, and the slope of the soft cap."""
+        with torch.no_grad():
+            logits, slope = self.module(hidden).float(), None
+            if self.softcap is not None:
+                capped = torch.tanh(logits / self.softcap)
+                logits, slope = capped * self.softcap, 1 - capped.square()
+            logits.div_(temperature)
+            logits.sub_(logits.logsumexp(-1, keepdim=True))
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            probabilities = logits.exp()
+            # einsum and not a product: without a third tensor of this size; 0 · −inf does not occur in float32 logits.
+            entropy = -torch.einsum("tv,tv->t", probabilities, logits)
+        return chosen, entropy, probabilities, slope
