@@ -91,7 +91,7 @@ def test_dense_slice_keeps_inner_products_and_says_what_the_whole_takes(kind):
     # Each product has a standard deviation of at most √2·‖x‖·‖y‖ / √columns.
     lengths = wanted.diagonal().sqrt()
     assert ((found - wanted).abs() / lengths[:, None] / lengths < 6 * (2 / 4096) ** 0.5).all()
-    assert part.whole_seconds == pytest.approx(part.seconds * 700 / 400 * 8192 / 4096)
+    assert part.whole_seconds == pytest.approx(part.watch.seconds * 700 / 400 * 8192 / 4096)
 
 
 def test_features_of_a_peer_that_are_no_gradients_are_refused():
