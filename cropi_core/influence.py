@@ -26,6 +26,7 @@ import pyarrow as pa
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradient_store import GradientStore
 from cropi_core.progress import Progress, Report, silent
+from cropi_core.shard_reader import in_order, threads_here
 from cropi_core.similarity import Comparison, nonzero
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import SCORE_FIXED, STATUSES, scores_schema
@@ -92,10 +93,11 @@ def score(
     recipe = {"settings": settings.model_dump(mode="json"), "seed": seed}
     metadata = {SETTINGS_KEY: json.dumps(recipe, sort_keys=True).encode()}
     write_parquet(table.replace_schema_metadata(metadata), out)
+    # numpy sorts without the interpreter's lock: with a million prompts the sets' halves take seconds.
+    halves = in_order(lambda v: _agreement(goals[v], similar[:, v], keys), range(len(names)), threads_here())
     sets = {
-        name: {"prompts": stores[name].n, "with_gradient": sizes[v]}
-        | _agreement(goals[v], similar[:, v], keys)
-        for v, name in enumerate(names)
+        names[v]: {"prompts": stores[names[v]].n, "with_gradient": sizes[v]} | agreement
+        for v, agreement in halves
     }
     return {
         "prompts": pool.n,
@@ -186,8 +188,9 @@ def order(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 def best(values: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
     """Return the positions of the ``count`` best of ``(n,)`` values, as :func:`order`, without sorting the rest."""
-    limit = np.partition(-values, count - 1)[count - 1]
-    among = np.flatnonzero(~(-values > limit))  # not <=, so that NaN, the worst of all, stays among them
+    falling = -values
+    limit = np.partition(falling, count - 1)[count - 1]
+    among = np.flatnonzero(~(falling > limit))  # not <=, so that NaN, the worst of all, stays among them
     return among[order(values[among], keys[among])[:count]]
 
 
@@ -395,7 +398,8 @@ def _z_scores(scores: np.ndarray) -> np.ndarray:
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     points = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
-    return {name: float(np.quantile(values, q)) for name, q in points.items()}
+    found = np.quantile(values, np.array(list(points.values()), dtype=values.dtype))
+    return {name: float(value) for name, value in zip(points, found, strict=True)}
 
 
 def _median(values: np.ndarray) -> float | None:
