@@ -14,8 +14,8 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weights' ty
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the six steps to the command line."""
-    for command in (rollouts, gradients, scores, selection, training, evaluation):
+    """Add the seven steps to the command line."""
+    for command in (rollouts, gradients, scores, diagnostics, selection, training, evaluation):
         app.command()(command)
 
 
@@ -143,6 +143,31 @@ def scores(
     with progress_bar("scores") as report:
         summary = score(train=train, validation=sets, out=out, settings=settings, seed=seed, report=report)
     print_summary(summary, as_json)
+
+
+def diagnostics(
+    scores: Annotated[Path, typer.Option(help="Scores table of the pool.")],
+    spot: Annotated[Path, typer.Option(help="Scores of some of its prompts, from fresh trajectories.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    ratio: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the prompts that is the top.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order among equal scores.")] = 0,
+    override: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare scores with those of other trajectories of the same prompts. Section of -o: scores."""
+    from cropi_core.configuration import load_sections
+    from data_schemas.config import Scores
+
+    settings = load_sections({"scores": Scores}, override or [])["scores"]
+    present(scores, "--scores")
+    present(spot, "--spot")
+    from cropi_core.diagnostics import compare
+
+    print_summary(
+        compare(scores=scores, spot=spot, out=out, settings=settings, ratio=ratio, seed=seed), as_json
+    )
 
 
 def selection(

@@ -334,6 +334,13 @@ def test_single_steps_work_on_files_alone(tmp_path):
         "--out",
         tmp_path / "scores.parquet",
     )
+    itself = ["--scores", tmp_path / "scores.parquet", "--spot", tmp_path / "scores.parquet"]
+    found = json.loads(cropi("diagnostics", *itself, "--out", tmp_path / "d.json", "--json").stdout)
+    written = json.loads((tmp_path / "d.json").read_text())
+    assert len(written.pop("pairs")) == found["compared"]
+    assert written == found
+    assert found["spearman"] == pytest.approx(1)
+    assert found["compared"] >= 3
     cropi(
         "selection",
         "--scores",

@@ -143,7 +143,14 @@ def test_a_missing_file_lists_the_presets():
 
 @given(
     st.sampled_from(
-        ["seed", "stages", "selection.ratio", "training.steps", "data.pool.seed", "diagnostics.min_ess"]
+        [
+            "seed",
+            "stages",
+            "selection.ratio",
+            "training.steps",
+            "data.pool.seed",
+            "diagnostics.spot_dead_share",
+        ]
     ),
     st.one_of(
         st.integers(), st.floats(), st.text(max_size=5), st.booleans(), st.none(), st.lists(st.integers())
