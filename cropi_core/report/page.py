@@ -218,6 +218,6 @@ def _absent(config: Config) -> str | None:
     if not config.needs_gradients:
         return (
             f"The strategy {strategy} looks at trajectories and at no gradient, so this run has no scores by "
-            "validation set, no split-half agreement and no drift figures."
+            "validation set, no split-half agreement and no figures of how far they can be believed."
         )
     return None

@@ -8,9 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cropi_core.checks import FIGURES, RULES, consequence
-from cropi_core.curriculum import slots
-from cropi_core.errors import SelectionError
+from cropi_core.curriculum import curriculum, slots
+from cropi_core.errors import SelectionError, StepError
 from cropi_core.gradients import compute
+from cropi_core.runs import load_run, run_id
+from cropi_core.steps import run_step
 from cropi_core.store import Store
 from data_schemas.config import Gradients, Projection
 from tests.e2e.tiny import computed, digests, go, origins, tiny, world
@@ -214,6 +216,30 @@ def test_a_passed_limit_does_its_action_is_noted_and_recomputes_nothing_before(o
         summary = Store(root).manifest(record.slots[f"selection@{stage}"].ref).summary
         assert summary["strategy"] == ("random" if final.action == "random" else "influence")
         assert ("fallback" in summary) == (final.action == "random")
+
+
+@pytest.mark.parametrize("at", ["gradients/spot@2", "gradients/pool@2", "policy@2"])
+def test_a_run_that_stops_in_a_refresh_or_a_spot_check_goes_on_to_the_same_end(own_checked, checked, at):
+    root, before = own_checked
+    limit, _ = beyond("max_kl", before)
+    config = tiny(diagnostics={**SPOT, "max_kl": limit})
+    store, asked = Store(root), []
+
+    def stopped(spec):
+        asked.append(spec.slot)
+        # The gradients of the stored trajectories come first; what follows the refresh is the second of the slot.
+        if spec.slot == at and (at != "gradients/pool@2" or asked.count(at) == 2):
+            raise StepError("stopped")
+        return run_step(spec, store)
+
+    with pytest.raises(StepError):
+        curriculum(config, store, stopped)
+    half = load_run(store, run_id(config))
+    assert (half.status, len(half.notes)) == ("failed", 1)
+    record = go(config, root)
+    uninterrupted = go(config, shutil.copytree(checked[0], root.parent / "other"))
+    assert digests(record) == digests(uninterrupted)
+    assert (record.checks, record.notes) == (uninterrupted.checks, uninterrupted.notes)
 
 
 def test_a_random_selection_says_that_it_is_and_draws_what_the_strategy_random_draws(own_checked):

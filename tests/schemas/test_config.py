@@ -77,6 +77,8 @@ CONTRADICTIONS = {
     "projection.dtype": {"projection": {"kind": "none"}},
     "share the names": {"data": {"pool": WORLD, "validation": {"v": WORLD}, "test": {"v": WORLD}}},
     "columns of the scores table": {"data": {"pool": WORLD, "validation": {"rank": WORLD}}},
+    "places of a run": {"data": {"pool": WORLD, "validation": {"spot": WORLD}, "test": {"pool": WORLD}}},
+    "needs a spot check": {"diagnostics": {"min_spot_correlation": 0.2}},
 }
 
 
@@ -105,6 +107,16 @@ def test_a_strategy_says_what_it_reads(strategy):
     made = config(selection={"strategy": strategy, "ratio": 1.0})
     assert made.needs_gradients == (strategy in ("influence", "grad_norm"))
     assert made.needs_rollouts == (strategy not in ("random", "full"))
+
+
+@pytest.mark.parametrize("strategy", ["influence", "grad_norm", "learnability", "random"])
+def test_limits_and_the_spot_check_are_for_strategies_that_have_something_to_check(strategy):
+    made = config(selection={"strategy": strategy}, diagnostics={"max_kl": 1.0, "spot_check": 9})
+    assert made.needs_spot_check == (strategy == "influence")
+    assert made.may_refresh == made.needs_gradients
+    assert not config(diagnostics={"max_kl": 1.0, "max_kl_action": "random"}).may_refresh
+    assert not config(diagnostics={"min_target_agreement": 0.1}).may_refresh
+    assert config(selection={"strategy": strategy}, rollouts={"refresh": "always"}).may_refresh
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), "inf"])
