@@ -4,16 +4,14 @@
     python benchmarks/store.py --rows 512 --k 2048  # a few seconds
     python benchmarks/store.py --json store.json    # figures and machine
 
-Prints bytes a dimension and MB/s of float16 features, also as a ratio to ``np.memmap`` in the same run, the
-limit of this machine. Features are gaussian rows of heavy-tailed length, as a sparse projection of gradients
-gives them; in ``dead`` six rows in ten are zeros, as in a pool of solved and hopeless prompts.
+Prints bytes a dimension and MB/s of float16 features, also as ratios to ``np.memmap``, the limit of this machine,
+and to JSON lines, in the same run. ``GradientStore`` does what the others don't: norms, checks, fsync, float32 out.
+Features are gaussian rows of heavy-tailed length, as a sparse projection of gradients gives them; in ``dead`` six
+rows in ten are zeros, as in a pool of solved and hopeless prompts.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from machine import machine
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from cropi_core.gradient_layout import CODEC, chunk_rows
@@ -128,7 +127,7 @@ def put_store(path: Path, rows: np.ndarray) -> None:
 
 
 def get_store(path: Path, n: int, k: int) -> Iterable[np.ndarray]:
-    """Read the store as scoring does: float32, multiplied by the scale."""
+    """Read the store through `blocks`: float32, multiplied by the scale."""
     for _, block in GradientStore.open(path).blocks():
         yield block
 
@@ -165,25 +164,29 @@ def measure(rows: np.ndarray, put: Put, get: Get, repeats: int) -> dict[str, flo
     }
 
 
-def machine() -> dict[str, Any]:
-    """Name what this was measured on."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
+def add_ratios(figures: dict[str, dict[str, float]]) -> None:
+    """Add to each format's rates how many times those of the memory map and of JSON lines they are."""
+    for peer in ("memmap", "JSON lines"):
+        limit = dict(figures[peer])
+        for rates in figures.values():
+            for way in ("write", "read"):
+                rates[f"{way}_to_{peer.replace(' ', '_').lower()}"] = (
+                    rates[f"{way}_mb_s"] / limit[f"{way}_mb_s"]
+                )
+
+
+def report(title: str, figures: dict[str, dict[str, float]]) -> None:
+    """Print the table of one pool."""
+    print(f"\n{title}")
+    print(
+        f"{'':26}{'B/dim':>7}{'write MB/s':>12}{'read MB/s':>11}{'of memmap w':>13}{'r':>6}{'of JSON w':>11}{'r':>6}"
     )
-    versions = {name: importlib.metadata.version(name) for name in ("zarr", "numcodecs", "numpy")}
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "date": when,
-        **versions,
-    }
+    for name, f in figures.items():
+        shares = f"{f['write_to_memmap']:13.2f}{f['read_to_memmap']:6.2f}"
+        shares += f"{f['write_to_json_lines']:11.0f}{f['read_to_json_lines']:6.0f}"
+        print(
+            f"{name:26}{f['bytes_per_dimension']:7.3f}{f['write_mb_s']:12.0f}{f['read_mb_s']:11.0f}{shares}"
+        )
 
 
 def main() -> None:
@@ -207,15 +210,11 @@ def main() -> None:
         for name, codecs in CODECS.items():
             figures[name] = measure(packed, put_zarr(codecs), get_zarr, options.repeats)
         figures["GradientStore"] = measure(rows, put_store, get_store, options.repeats)
+        add_ratios(figures)
         result["figures"][pool] = figures
-        limit = figures["memmap"]
-        print(f"\n{pool}: {options.rows} x {options.k} float16, store's codec {CODEC}")
-        print(f"{'':26}{'B/dim':>7}{'write MB/s':>12}{'read MB/s':>11}{'of memmap w':>13}{'r':>6}")
-        for name, f in figures.items():
-            w, r = f["write_mb_s"], f["read_mb_s"]
-            shares = f"{w / limit['write_mb_s']:13.2f}{r / limit['read_mb_s']:6.2f}"
-            print(f"{name:26}{f['bytes_per_dimension']:7.3f}{w:12.0f}{r:11.0f}{shares}")
+        report(f"{pool}: {options.rows} x {options.k} float16, store's codec {CODEC}", figures)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
