@@ -11,6 +11,7 @@ low-rank adapters, and modules that are elementwise affine in their vectors (nor
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -160,7 +161,7 @@ class FeatureEngine:
         if module is self.head.module:
             return names  # never called: _deliver_head brings its gradient
         if isinstance(module, nn.Embedding):
-            watch = self._embedding
+            watch = partial(self._embedding, _scale_of(module))
         elif isinstance(module, nn.Linear | Conv1D):
             watch = self._linear
         elif affine := Affine.of(module, own):
@@ -210,8 +211,8 @@ class FeatureEngine:
 
         return deliver
 
-    def _embedding(self, module: nn.Module, source: Tensor) -> Callable[[Tensor, _Pass], None]:
-        """Watch an embedding: the gradient of a token's row is that of its output."""
+    def _embedding(self, scale: float, module: nn.Module, source: Tensor) -> Callable[[Tensor, _Pass], None]:
+        """Watch an embedding: the gradient of a token's row is that of its output, times what scales it."""
         weight = self._sketch(module.weight)  # type: ignore[arg-type]
         padding: Any = module.padding_idx
         ids = source.reshape(-1)
@@ -222,7 +223,7 @@ class FeatureEngine:
             if padding is not None:
                 # Torch gives that row no gradient, and the trainer trains with torch.
                 gradient = gradient.masked_fill(ids.eq(padding)[:, None], 0.0)
-            weight.add_rows(ids, gradient, now.pack.bounds, now.out)
+            weight.add_rows(ids, gradient * scale, now.pack.bounds, now.out)
 
         return deliver
 
@@ -234,8 +235,11 @@ class FeatureEngine:
                 for key in affine.keys:
                     sketch = self._sketch(getattr(module, key))
                     if sketch is not None:
-                        slope = affine.slope(module, key, source).reshape(gradient.shape)
-                        sketch.add_vector(now.indicator @ (gradient.float() * slope.float()), now.out)
+                        slope = affine.slope(module, key, source)
+                        product = gradient.float().view(slope.shape) * slope.float()
+                        sketch.add_vector(
+                            now.indicator @ _by_token(product, source, len(now.pack.ids)), now.out
+                        )
 
             return deliver
 
@@ -257,6 +261,35 @@ class FeatureEngine:
         if bias is not None:
             bias.add_vector(torch.stack([gradient[a:b].sum(0) for a, b in pairwise(bounds)]), out)
             now.seen.add(bias.name)
+
+
+@torch.no_grad()
+def _scale_of(module: nn.Module) -> float:
+    """Return what an embedding multiplies its rows by: 1, or √d in Gemma.
+
+    Raises:
+        ProjectionError: It does something else with them.
+    """
+    weight: Any = module.weight
+    ids = torch.arange(min(4, len(weight)), device=weight.device)
+    rows, out = weight[ids].float(), module(ids).float()
+    scale = float((rows * out).sum() / rows.square().sum().clamp(min=1e-30))
+    if not torch.allclose(out, scale * rows, rtol=2e-2, atol=1e-6):
+        raise ProjectionError(
+            f"{type(module).__name__} does more to its rows than to scale them; it is not supported"
+        )
+    return scale
+
+
+def _by_token(product: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """Sum what a norm of attention heads gives over the heads of each token: (tokens, m).
+
+    Some models norm (1, tokens, heads, m), others (1, heads, tokens, m), a transposed view of the former.
+    """
+    if product.dim() == 4:
+        first = product.shape[1] == tokens and (product.shape[2] != tokens or source.is_contiguous())
+        product = product.sum(2 if first else 1)
+    return product.reshape(tokens, product.shape[-1])
 
 
 def _start_graph(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ three of them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Head:
                     hidden[inside],
                     targets[inside],
                     temperature,
-                    lambda *a: weigh(prompts, *a),
+                    partial(weigh, prompts),
                     prompts,
                     deliver,
                 )

@@ -126,8 +126,8 @@ def _span(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 def _prompt_rows(spans: Sequence[tuple[int, int]]) -> Rows:
     index, real = _span(spans)
-    distance = torch.arange(index.shape[1])[:, None] - torch.arange(index.shape[1])[None]
-    distance = distance[None].expand(len(spans), -1, -1)
+    places = torch.arange(index.shape[1])
+    distance = _looking(real)[:, :, None] - places
     return Rows(index, index, real[:, None] & (distance >= 0), distance)
 
 
@@ -135,15 +135,21 @@ def _completion_rows(prompts: Sequence[tuple[int, int]], own: Sequence[tuple[int
     """Let completions look at their prompt and at themselves."""
     before, there = _span(prompts)
     query, real = _span(own)
-    lengths = torch.tensor([n for _, n in prompts])
+    lengths = torch.tensor([n for _, n in prompts])[:, None]
     within = torch.arange(query.shape[1])
-    looking = (
-        lengths[:, None, None] + within[None, :, None]
-    )  # position in the sequence of the token that looks
-    looked = torch.cat([torch.arange(before.shape[1]).expand(len(own), -1), lengths[:, None] + within], dim=1)
-    distance = looking - looked[:, None]
+    looked = torch.cat([torch.arange(before.shape[1]).expand(len(own), -1), lengths + within], dim=1)
+    distance = (lengths + _looking(real))[:, :, None] - looked[:, None]
     visible = torch.cat([there, real], dim=1)[:, None] & (distance >= 0)
     return Rows(query, torch.cat([before, query], dim=1), visible, distance)
+
+
+def _looking(real: Tensor) -> Tensor:
+    """Return the place in its span of every token that looks, (rows, Q); padding is a copy of the first one.
+
+    It has to see something even through a window: a row of a softmax that is masked everywhere is not a number, and
+    so is its gradient, whatever becomes of its output.
+    """
+    return torch.where(real, torch.arange(real.shape[1]), 0)
 
 
 def _places(

@@ -169,7 +169,8 @@ def build_sketches(
     for name, shape in shapes.items():
         if not 1 <= len(shape) <= 2:
             raise ProjectionError(
-                f"parameter {name} has shape {shape}; only vectors and matrices are supported"
+                f"parameter {name} has shape {shape}; only vectors and matrices are supported (the stacked experts of "
+                "a mixture of experts are not)"
             )
         m, n = shape[0], shape[1] if len(shape) == 2 else 1
         sketches[name] = _sketch(name, m, n, offset, projection, device)

@@ -5,18 +5,27 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cropi_core.world.tokenizer import build_tokenizer
 from data_schemas.arrow import ROLLOUTS
 from data_schemas.config import Sampling
+
+OWN = {
+    "qwen3": {"head_dim": 16},
+    "mistral": {"head_dim": 8, "sliding_window": 6},
+    "gemma": {"head_dim": 16},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
+    "mixtral": {"num_local_experts": 4},
+}
+"""What an architecture needs beside the common shape; windows are shorter than the sequences."""
 
 
 def tiny_model(kind="llama", seed=0, tie=True):
@@ -31,23 +40,20 @@ def tiny_model(kind="llama", seed=0, tie=True):
         "tie_word_embeddings": tie,
     }
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **common))
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
     else:
-        config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
-            kind
-        ]
-        model = cls(
-            config(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                initializer_range=0.2,
-                **common,
-            )
-        )
+        shape = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        }
+    config = CONFIG_MAPPING[kind](**shape, **OWN.get(kind, {}), **common)
+    # eager: what Gemma's soft cap is defined by; other implementations leave it out.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     for parameter in model.parameters():  # norms at exactly one would hide a slope that is wrong elsewhere
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval(), tokenizer

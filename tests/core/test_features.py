@@ -1,12 +1,17 @@
 """A stored feature is the gradient of the objective: against autograd, however it was batched, for every layer type."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from core.models import random_rollouts, save_tiny, tiny_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from cropi_core import head
 from cropi_core.errors import ProjectionError
 from cropi_core.features import FeatureEngine
 from cropi_core.folding import Subset
@@ -15,6 +20,7 @@ from cropi_core.gradients import compute
 from cropi_core.packing import make_pack
 from cropi_core.policy import load_policy
 from cropi_core.progress import silent
+from cropi_core.self_test import check_reading, plain_logprobs
 from data_schemas.config import Gradients, Objective, Projection, Runtime
 
 EXACT = Projection(kind="none", dtype="float32")
@@ -92,10 +98,21 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tie"), [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", True)]
+    ("kind", "tie"),
+    [
+        ("llama", True),
+        ("llama", False),
+        ("qwen2", True),
+        ("qwen3", False),
+        ("mistral", False),
+        ("gemma", True),
+        ("gemma2", True),
+        ("gemma3_text", True),
+        ("gpt2", True),
+    ],
 )
 def test_feature_is_the_gradient(tmp_path, kind, tie):
-    """Linear with and without bias, Conv1D, norms with and without bias, learned positions, tied and untied heads."""
+    """Linear with and without bias, Conv1D, norms of every kind, learned positions, windows, soft caps, tied heads."""
     policy = save_tiny(tmp_path / "policy", kind, tie=tie)
     rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3)
     store = extract(tmp_path, policy, rollouts)
@@ -264,6 +281,144 @@ def test_a_module_that_is_never_called_is_named(tmp_path):
     pack = make_pack([[4, 5, 6]], [[[7, 8, 9], [10, 11]]], torch.device("cpu"))
     with pytest.raises(ProjectionError, match=r"layers\.1\.extra"):
         engine.project(pack, 1.0, lambda _, logp, __: torch.ones_like(logp), engine.accumulators(1))
+
+
+def test_a_mixture_of_experts_is_refused_by_name():
+    model, _ = tiny_model("mixtral", tie=False)
+    with pytest.raises(ProjectionError, match=r"experts.*mixture of experts"):
+        FeatureEngine(model, EXACT)
+
+
+def test_adapters_are_parameters_like_any_other():
+    """LoRA through PEFT: the features are the gradient of the adapter, and of nothing else."""
+    model, _ = tiny_model()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    trained = {n: p for n, p in adapted.get_base_model().named_parameters() if p.requires_grad}
+    prompt, completions = [4, 5, 6], [[7, 8, 9], [10, 11]]
+    total = torch.zeros(())
+    for completion in completions:
+        ids = torch.tensor([prompt + completion])
+        logp = adapted(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
+        total = total + logp.gather(1, torch.tensor(completion)[:, None]).sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(trained.values()))]).numpy()
+    engine = FeatureEngine(adapted, EXACT)
+    assert set(engine.sketches) == set(trained)
+    assert all("lora_" in name for name in trained)
+    out = engine.accumulators(1)
+    pack = make_pack([prompt], [completions], torch.device("cpu"))
+    engine.project(pack, 1.0, lambda _, logp, __: torch.ones_like(logp), out)
+    assert relative(engine.features(out)[0].numpy(), expected) < 1e-5
+
+
+def test_a_model_that_reads_a_pack_as_something_else_is_refused():
+    """A layer that looks at its neighbour outside of attention: in a pack that may be another prompt's token."""
+    model, _ = tiny_model()
+
+    class Shifted(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x + 0.5 * x.roll(1, dims=1))
+
+    model.model.layers[0].mlp = Shifted(model.model.layers[0].mlp)
+    expected = plain_logprobs(model)
+    with pytest.raises(ProjectionError, match="mixes tokens outside of its attention layers"):
+        check_reading(FeatureEngine(model, EXACT), expected)
+
+
+def test_a_long_vocabulary_is_read_in_pieces(tmp_path, monkeypatch):
+    """Groups whose logits pass a piece are read twice, others together: the same rows."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=5)
+    whole = extract(tmp_path, policy, rollouts, "whole")
+    for size in (1, 7, 30):
+        monkeypatch.setattr(head, "PIECE_BYTES", size * 4 * 44)
+        pieces = extract(tmp_path, policy, rollouts, f"pieces-{size}")
+        for i in range(5):
+            assert relative(pieces.rows(i, i + 1)[0], whole.rows(i, i + 1)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["folded", "factored", "uniform"])
+def test_deterministic_rows_are_bitwise_equal_however_they_are_batched(tmp_path, form):
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=7)
+    sketch = Projection(k=64, density=0.5, form=form, min_side=8, dtype="float32")
+    stores = [
+        extract(
+            tmp_path,
+            policy,
+            rollouts,
+            f"{block}-{budget}-{workers}",
+            projection=sketch,
+            layout=Gradients(rows_per_shard=block, block_rows=block, deterministic=True),
+            token_budget=budget,
+            workers=workers,
+        )
+        for block, budget, workers in ((1, 1, 1), (2, 8192, 2), (7, 100, 1))
+    ]
+    for other in stores[1:]:
+        assert other.rows(0, 7).tobytes() == stores[0].rows(0, 7).tobytes()
+        assert other.column("ess").tobytes() == stores[0].column("ess").tobytes()
+
+
+def test_bfloat16_gives_nearly_the_same_directions(tmp_path):
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=4)
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.zarr"
+        compute(
+            policy=policy,
+            rollouts=rollouts,
+            out=out,
+            projection=EXACT,
+            dtype=dtype,
+            runtime=Runtime(device="cpu"),
+        )
+        rows[dtype] = GradientStore.open(out).rows(0, 4)
+    for a, b in zip(rows["float32"], rows["bfloat16"], strict=True):
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from cropi_core.gradients import compute
+from data_schemas.config import Gradients, Projection, Runtime
+torch.set_num_threads(1)
+policy, rollouts, out, spare = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+if spare:
+    torch.ones(4, 4) @ torch.ones(4, 4)
+    used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare, used + spare))
+compute(policy=policy, rollouts=rollouts, out=out, projection=Projection(k=64, dtype="float32"),
+        layout=Gradients(rows_per_shard=64, block_rows=64), 
+        runtime=Runtime(device="cpu", threads=1, token_budget=1 << 20))
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_allocation_halves_the_budget_and_says_so(tmp_path):
+    """In a process whose address space is too small for all prompts at once: the same rows as where there is room."""
+    policy = save_tiny(tmp_path / "policy")
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=64, samples=16, longest=100)
+    outputs = {}
+    for name, spare in (("roomy", 0), ("tight", 700 << 20)):
+        outputs[name] = subprocess.run(
+            [sys.executable, "-c", LIMITED, policy, rollouts, tmp_path / f"{name}.zarr", str(spare)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert outputs[name].returncode == 0, outputs[name].stderr[-2000:]
+    assert "out of memory" not in outputs["roomy"].stderr
+    assert "going on with 524288 tokens a pass" in outputs["tight"].stderr
+    roomy, tight = (GradientStore.open(tmp_path / f"{name}.zarr").rows(0, 64) for name in ("roomy", "tight"))
+    assert relative(tight, roomy) < 1e-5
 
 
 def test_frozen_parameters_are_left_out_by_name():

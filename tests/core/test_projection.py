@@ -103,7 +103,7 @@ def test_norm_is_unbiased(form):
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
 def test_folding_leaves_no_coordinate_out_and_short_sides_whole(density):
-    """Mistake 1: every coordinate of every layer reaches the sketch; a side keeps what its density or its length asks."""
+    """Mistake 1: every coordinate of every layer reaches the sketch; a side keeps what density and length ask for."""
     sketches = build_sketches(SHAPES, Projection(density=density, form="folded", min_side=30), CPU)
     for name, sketch in sketches.items():
         m, n = sketch.shape
