@@ -33,10 +33,9 @@ from machine import machine, peak_memory_mb
 from numcodecs.zstd import Zstd
 
 from cropi_core.gradient_store import GradientStore
-from cropi_core.influence import _similar, score, set_targets
-from cropi_core.progress import silent
+from cropi_core.influence import score, set_targets
 from cropi_core.shard_reader import in_order, threads_here, widen_finite
-from cropi_core.similarity import TILE_COLUMNS, TILE_ROWS
+from cropi_core.similarity import TILE_COLUMNS, TILE_ROWS, stream_similarities
 from data_schemas.config import Scores
 
 SHARD = 128
@@ -100,10 +99,10 @@ def run_score(folder: Path) -> None:
 
 
 def run_stream(folder: Path) -> np.ndarray:
-    """Score the pool: its features only, as ``influence._similar`` does."""
+    """Score the pool: its features only."""
     pool, goals = GradientStore.open(folder / "pool.zarr"), np.load(folder / "goals.npy")
     goals = goals.reshape(-1, 3, pool.k)
-    return _similar(pool, goals, [PROMPTS_A_SET] * len(goals), Scores(), silent, None).reshape(pool.n, -1)
+    return stream_similarities(pool, goals, [PROMPTS_A_SET] * len(goals), "cosine").reshape(pool.n, -1)
 
 
 def bare(folder: Path, rows: int, read: Callable[[int], np.ndarray]) -> np.ndarray:

@@ -25,9 +25,9 @@ import pyarrow as pa
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradient_store import GradientStore
-from cropi_core.progress import Progress, Report, silent
+from cropi_core.progress import Report, silent
 from cropi_core.shard_reader import in_order, threads_here
-from cropi_core.similarity import Comparison, nonzero
+from cropi_core.similarity import nonzero, stream_similarities
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import SCORE_FIXED, STATUSES, scores_schema
 from data_schemas.config import Scores
@@ -85,7 +85,7 @@ def score(
         )
     goals = np.stack([set_targets(name, stores[name], settings, seed) for name in names])  # (V, 3, k)
     sizes = [int((stores[name].column("status") == 0).sum()) for name in names]
-    similar = _similar(pool, goals, sizes, settings, report, threads)[ok]
+    similar = stream_similarities(pool, goals, sizes, settings.metric, report, threads)[ok]
     ids = pool.column("prompt_id")
     keys = tie_keys(list(ids[ok]), seed)
     fused, rank, _ = fuse(similar[:, :, 0], settings, keys)
@@ -294,41 +294,6 @@ def _identity(store: GradientStore) -> dict[str, Any]:
     projection = {f"projection.{name}": attributes["projection"].get(name) for name in PROJECTION_FIELDS}
     others = {name: attributes[name] for name in ("objective", "policy")}
     return {"dimensions": store.k, **projection, **others}
-
-
-def _similar(
-    pool: GradientStore,
-    goals: np.ndarray,
-    sizes: Sequence[int],
-    settings: Scores,
-    report: Report,
-    threads: int | None,
-) -> np.ndarray:
-    """Stream the pool once against the targets of V sets and of their halves.
-
-    The target of a set is the mean of its halves', weighted by their prompts. So two products a set say all three.
-
-    Args:
-        pool: Its features.
-        goals: ``(V, 3, k)``, see :func:`set_targets`.
-        sizes: Prompts with a gradient in each set; its first half has the odd one.
-        settings: Metric.
-        report: Told of every block.
-        threads: As for :func:`score`.
-
-    Returns:
-        ``(n, V, 3)`` float32.
-    """
-    mix = np.zeros((len(goals), 3, len(goals), 2))
-    for v, size in enumerate(sizes):
-        mix[v, :, v] = [[(size + 1) // 2 / size, size // 2 / size], [1, 0], [0, 1]]
-    halves = goals[:, 1:].reshape(-1, pool.k)
-    compare = Comparison(halves, settings.metric, mix.reshape(-1, len(halves)))
-    similar = np.empty((pool.n, len(goals), 3), dtype=np.float32)
-    for rows, part in pool.map_blocks(compare, threads=threads):
-        similar[rows] = part.reshape(-1, len(goals), 3)
-        report(Progress(rows.stop, pool.n, "prompts"))
-    return similar
 
 
 def _table(

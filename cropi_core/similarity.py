@@ -11,9 +11,13 @@ References:
     CROPI, arXiv 2510.26491: POPI(x, v) = cos(φ(x), φ_v).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cropi_core.errors import ConfigError
+from cropi_core.gradient_store import GradientStore
+from cropi_core.progress import Progress, Report, silent
 from cropi_core.shard_reader import HALF_LIMIT, widen_finite
 
 TILE_ROWS, TILE_COLUMNS, TILE_TARGETS = 64, 512, 8
@@ -102,6 +106,41 @@ class Comparison:
             for group, goal in zip(groups, goals, strict=True):
                 group += tile @ goal
             squares += np.vecdot(tile, tile)
+
+
+def stream_similarities(
+    pool: GradientStore,
+    goals: np.ndarray,
+    sizes: Sequence[int],
+    metric: str,
+    report: Report = silent,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Stream the pool once against the targets of V validation sets and of their halves.
+
+    The target of a set is the mean of its halves', weighted by their prompts. So two products a set say all three.
+
+    Args:
+        pool: Its features.
+        goals: ``(V, 3, k)``: the target of each set and of its halves.
+        sizes: Prompts with a gradient in each set; its first half has the odd one.
+        metric: As for :class:`Comparison`.
+        report: Told of every block.
+        threads: That read and multiply, by default a core each, at most eight.
+
+    Returns:
+        ``(n, V, 3)`` float32.
+    """
+    mix = np.zeros((len(goals), 3, len(goals), 2))
+    for v, size in enumerate(sizes):
+        mix[v, :, v] = [[(size + 1) // 2 / size, size // 2 / size], [1, 0], [0, 1]]
+    halves = goals[:, 1:].reshape(-1, pool.k)
+    compare = Comparison(halves, metric, mix.reshape(-1, len(halves)))
+    similar = np.empty((pool.n, len(goals), 3), dtype=np.float32)
+    for rows, part in pool.map_blocks(compare, threads=threads):
+        similar[rows] = part.reshape(-1, len(goals), 3)
+        report(Progress(rows.stop, pool.n, "prompts"))
+    return similar
 
 
 def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:
