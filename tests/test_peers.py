@@ -19,6 +19,7 @@ from data_schemas.config import Gradients, Objective, Projection, Runtime
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gsm8k_rollouts
 import peers
+import recipe
 
 TEMPERATURE = 0.7
 
@@ -57,10 +58,10 @@ def test_released_recipe_gives_the_gradient_that_the_engine_stores_whole(tmp_pat
     behavior, _ = load_policy(save_tiny(tmp_path / "behavior", kind, seed=1, tie=tie), "float32", "cpu")
     rollouts = off_policy_rollouts(tmp_path / "rollouts.parquet", behavior)
     ours = features(tmp_path, policy, rollouts, Projection(kind="none", dtype="float32"))
-    groups, temperature = peers.live_groups(rollouts)
+    groups, temperature = recipe.live_groups(rollouts)
     model, _ = load_policy(policy, "float32", "cpu")
     theirs = torch.stack(
-        list(peers.released_recipe(model, groups, temperature=temperature, behavior=behavior))
+        list(recipe.released_recipe(model, groups, temperature=temperature, behavior=behavior))
     )
     assert temperature == TEMPERATURE
     assert ours.shape == theirs.shape
@@ -76,7 +77,7 @@ def test_sjlt_of_a_full_gradient_is_the_engines_feature(tmp_path):
     ours = features(tmp_path, policy, rollouts, projection)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     sketches = build_sketches(shapes, projection, torch.device("cpu"))
-    projected = torch.stack([peers.sjlt_projection(row, sketches, projection.k) for row in full])
+    projected = torch.stack([recipe.sjlt_projection(row, sketches, projection.k) for row in full])
     torch.testing.assert_close(projected, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 
@@ -85,7 +86,7 @@ def test_dense_slice_keeps_inner_products_and_says_what_the_whole_takes(kind):
     torch.manual_seed(0)
     gradients = torch.randn(3, 700)
     gradients[1] = gradients[0] + 0.5 * gradients[1]
-    part = peers.dense_projection_slice(gradients, 8192, coordinates=400, columns=4096, kind=kind)
+    part = recipe.dense_projection_slice(gradients, 8192, coordinates=400, columns=4096, kind=kind)
     wanted = gradients[:, :400] @ gradients[:, :400].T
     found = part.projected @ part.projected.T / part.columns
     # Each product has a standard deviation of at most √2·‖x‖·‖y‖ / √columns.

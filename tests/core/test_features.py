@@ -396,7 +396,7 @@ if spare:
     used = int(next(x for x in open("/proc/self/status") if x.startswith("VmSize")).split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, used + spare))
 compute(policy=policy, rollouts=rollouts, out=out, projection=Projection(k=64, dtype="float32"),
-        layout=Gradients(rows_per_shard=64, block_rows=64), 
+        layout=Gradients(rows_per_shard=64, block_rows=64),
         runtime=Runtime(device="cpu", threads=1, token_budget=1 << 20))
 """
 

@@ -1,0 +1,312 @@
+"""Measure the feature engine beside an ordinary forward and backward, the released recipe, and other programs.
+
+    python benchmarks/features.py                                    # the embedded policy, about two minutes
+    python benchmarks/features.py --policy smollm2 --rollouts speed.parquet --limit 4 --json features.json
+    python benchmarks/features.py --policy smollm2 --rollouts speed.parquet --peers peers/bin/python
+
+Rollouts of a real model come from ``benchmarks/gsm8k_rollouts.py``; the peers' environment is described in
+``benchmarks/peers.py``. All figures of a run are of the same prompts and threads. Times are the least of ``--repeats``,
+by the clock and by the processor; ratios are of processor seconds, which other work on the machine disturbs less.
+
+The ordinary pass is what a trainer does: right-padded rows of like length under the same token budget, gradients of
+all parameters, logits of completion tokens alone. Its padding is taken off its time, none of ours is off ours.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+from peers import bergson_tokens_per_second, dattri_tokens_per_second
+from recipe import Stopwatch, compare_projections, released_recipe
+from torch import Tensor
+
+from cropi_core.features import FeatureEngine
+from cropi_core.group_features import Budget, Job, project_blocks
+from cropi_core.groups import OK, ZERO_VARIANCE, Group, group_rollouts
+from cropi_core.policy import load_policy
+from cropi_core.rollouts import read_rollouts, sampling_of
+from cropi_core.world import base_checkpoint
+from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
+
+FORMS = {"": Projection(), "_factored": Projection(form="factored", density=0.1)}
+"""What users get, and the subset of rows and columns, by the ending of their figures' names."""
+
+
+def embedded_rollouts(out: Path, prompts: int) -> Path:
+    """Sample rollouts of the embedded policy: short completions of a pool in which some prompts teach nothing."""
+    from cropi_core.progress import silent
+    from cropi_core.prompts import write_prompts
+    from cropi_core.rollouts import collect
+    from cropi_core.world.families import build
+    from data_schemas.config import Grading
+
+    share = prompts // 4
+    families = {"reverse": share, "shift": share, "sort": share, "dedup": share}
+    write_prompts(build(families, split="pool", seed=0), out / "prompts.parquet")
+    collect(
+        policy=base_checkpoint(),
+        policy_digest="embedded",
+        prompts=out / "prompts.parquet",
+        out=out / "parts",
+        sampling=Sampling(samples=8, max_new_tokens=12),
+        grading=Grading(),
+        dtype="float32",
+        seed=0,
+        shard_prompts=256,
+        runtime=Runtime(),
+        report=silent,
+    )
+    return out / "parts"
+
+
+def make_job(policy: Path, sampling: Sampling, projection: Projection, budget: int) -> Job:
+    """Describe the work with the product's defaults."""
+    return Job(
+        policy,
+        "float32",
+        Objective(),
+        projection,
+        Gradients(),
+        sampling,
+        sampling.max_new_tokens,
+        Runtime(token_budget=budget),
+    )
+
+
+def engine_pass(job: Job) -> Callable[[list[Group]], None]:
+    """Return a function that computes features with the engine, loaded before."""
+    model, _ = load_policy(job.policy, job.dtype, "cpu", attention="eager")
+    engine = FeatureEngine(model, job.projection)
+
+    def run(groups: list[Group]) -> None:
+        for _ in project_blocks(engine, groups, job, Budget(job.runtime.token_budget)):
+            pass
+
+    return run
+
+
+def rows_of(groups: list[Group]) -> list[tuple[list[int], list[int]]]:
+    """List the completions with their prompts, the short ones first."""
+    rows = [(g.prompt, c) for g in groups for c in g.completions]
+    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+
+
+def padded_batches(groups: list[Group], budget: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Pad rows of like length: ids and mask (rows, longest), and the longest completion."""
+    batches: list[list[tuple[list[int], list[int]]]] = [[]]
+    for row in rows_of(groups):
+        if batches[-1] and (len(batches[-1]) + 1) * (len(row[0]) + len(row[1])) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    found = []
+    for batch in batches:
+        longest = max(len(p) + len(c) for p, c in batch)
+        ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.long)
+        for i, (prompt, completion) in enumerate(batch):
+            ids[i, longest - len(prompt) - len(completion) :] = torch.tensor(prompt + completion)
+            mask[i, longest - len(prompt) - len(completion) :] = 1
+        found.append((ids, mask, max(len(c) for _, c in batch)))
+    return found
+
+
+def ordinary_pass(policy: Path, budget: int, *, backward: bool = True) -> Callable[[list[Group]], None]:
+    """Return a function that runs forward and backward as a trainer does; without ``backward`` the graph is kept."""
+    model, _ = load_policy(policy, "float32", "cpu")
+
+    def run(groups: list[Group]) -> None:
+        for ids, mask, longest in padded_batches(groups, budget):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=longest + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+            chosen = logits.float().log_softmax(-1).gather(-1, ids[:, -longest:, None])
+            if backward:
+                chosen.sum().backward()
+                model.zero_grad()
+
+    return run
+
+
+def recipe_pass(policy: Path, temperature: float) -> Callable[[list[Group]], None]:
+    """Return a function that runs the released recipe's steps, without its projection."""
+    model, _ = load_policy(policy, "float32", "cpu")
+
+    def run(groups: list[Group]) -> None:
+        for _ in released_recipe(model, groups, temperature=temperature):
+            pass
+
+    return run
+
+
+def timed(
+    passes: dict[str, Callable[[list[Group]], None]], groups: list[Group], repeats: int
+) -> dict[str, Stopwatch]:
+    """Run the passes in turn, ``repeats`` times, after a first prompt that is not timed; the least of each."""
+    best: dict[str, Stopwatch] = {}
+    for run in passes.values():
+        run(groups[:1])
+    for _ in range(repeats):
+        for name, run in passes.items():
+            with Stopwatch() as watch:
+                run(groups)
+            if name not in best or watch.cpu_seconds < best[name].cpu_seconds:
+                best[name] = watch
+    return best
+
+
+def speed(policy: Path, rollouts: Path, limit: int | None, budget: int, repeats: int) -> dict[str, Any]:
+    """Compare the engine with the ordinary pass and with the released recipe."""
+    table = read_rollouts(rollouts)
+    sampling = sampling_of(table)
+    groups = [g for g in group_rollouts(table, 2) if g.status == OK][:limit]
+    passes = {f"engine{end}": engine_pass(make_job(policy, sampling, p, budget)) for end, p in FORMS.items()}
+    passes |= {"ordinary": ordinary_pass(policy, budget), "recipe": recipe_pass(policy, sampling.temperature)}
+    watches = timed(passes, groups, repeats)
+    tokens = sum(g.tokens for g in groups)
+    padded = sum(ids.numel() for ids, _, _ in padded_batches(groups, budget))
+    ordinary = watches["ordinary"].cpu_seconds * tokens / padded
+    found: dict[str, Any] = {
+        "prompts": len(groups),
+        "tokens": tokens,
+        "packed_tokens": sum(g.packed for g in groups),
+        "padded_tokens_of_the_ordinary_pass": padded,
+    }
+    for end in FORMS:
+        own = watches[f"engine{end}"].cpu_seconds
+        found[f"ratio_to_forward_backward{end}"] = own / ordinary
+        found[f"ratio_a_packed_token{end}"] = own / ordinary * tokens / found["packed_tokens"]
+        found[f"speedup_over_released_recipe{end}"] = watches["recipe"].cpu_seconds / own
+        found[f"tokens_per_cpu_second{end}"] = tokens / own
+        found[f"tokens_per_second{end}"] = tokens / watches[f"engine{end}"].seconds
+    return found | {"cpu_seconds": {name: w.cpu_seconds for name, w in watches.items()}}
+
+
+def dead(policy: Path, rollouts: Path, limit: int | None, budget: int, repeats: int) -> dict[str, float]:
+    """Time a pool of which six groups in ten are dead, beside its live ones alone."""
+    table = read_rollouts(rollouts)
+    live = [g for g in group_rollouts(table, 2) if g.status == OK][:limit]
+    mixed = [g if i % 5 < 2 else replace(g, status=ZERO_VARIANCE) for i, g in enumerate(live)]
+    alone = [g for g in mixed if g.status == OK]
+    run = engine_pass(make_job(policy, sampling_of(table), Projection(), budget))
+    watches = timed({"mixed": lambda _: run(mixed), "alone": lambda _: run(alone)}, live, repeats)
+    return {
+        "live_share": len(alone) / len(live),
+        "time_over_live_alone": watches["mixed"].cpu_seconds / watches["alone"].cpu_seconds,
+    }
+
+
+def _peak(kind: str, policy: Path, rollouts: Path, limit: int, budget: int, answer: Any) -> None:
+    """Tell how far a pass raises this process's memory, in bytes."""
+    table = read_rollouts(rollouts)
+    groups = [g for g in group_rollouts(table, 2) if g.status == OK][:limit]
+    if kind == "forward":
+        run = ordinary_pass(policy, budget, backward=False)
+    else:
+        run = engine_pass(make_job(policy, sampling_of(table), Projection(), budget))
+    before = _resident()
+    run(groups)
+    answer.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def memory(policy: Path, rollouts: Path, budget: int) -> dict[str, float]:
+    """Compare the peak of one batch of two prompts with that of an ordinary forward that keeps its graph."""
+    found = {}
+    for kind in ("forward", "engine"):
+        context = get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_peak, args=(kind, policy, rollouts, 2, budget, there))
+        process.start()
+        there.close()
+        found[f"{kind}_bytes"] = here.recv()
+        process.join()
+    return found | {"peak_over_forward": found["engine_bytes"] / found["forward_bytes"]}
+
+
+def precision(budget: int) -> dict[str, Any]:
+    """Compare orders by features and by whole gradients on the embedded world, at the defaults."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rollouts = embedded_rollouts(Path(scratch), 360)
+        table = read_rollouts(rollouts)
+        groups = [g for g in group_rollouts(table, 2) if g.status == OK]
+        rows = {}
+        for name, projection in (
+            ("features", Projection()),
+            ("whole", Projection(kind="none", dtype="float32")),
+        ):
+            job = make_job(base_checkpoint(), sampling_of(table), projection, budget)
+            model, _ = load_policy(job.policy, "float32", "cpu", attention="eager")
+            engine, out = FeatureEngine(model, projection), {}
+            for i, row, _ in project_blocks(engine, groups, job, Budget(budget)):
+                out[i] = row
+            rows[name] = np.stack([out[i] for i in range(len(groups))]).astype(np.float64)
+    goal = [i for i, g in enumerate(groups) if g.prompt_id.startswith("reverse")][:30]
+    rest = [i for i in range(len(groups)) if i not in goal]
+    orders = {}
+    for name, x in rows.items():
+        target = x[goal].mean(0)
+        orders[name] = np.argsort(-(x[rest] @ target) / np.linalg.norm(x[rest], axis=1))
+    best = round(0.1 * len(rest))
+    shared = set(orders["features"][:best]) & set(orders["whole"][:best])
+    return {"precision_at_10": len(shared) / best, "precision_prompts": len(rest)}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", type=Path, help="checkpoint; the embedded policy when left out")
+    parser.add_argument("--rollouts", type=Path, help="its rollouts, Parquet")
+    parser.add_argument("--limit", type=int, help="live prompts to take")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens a pass")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--peers", type=Path, help="interpreter of an environment with bergson and dattri")
+    parser.add_argument("--dense", action="store_true", help="also a slice of a dense projection")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        policy = options.policy or base_checkpoint()
+        rollouts = options.rollouts or embedded_rollouts(Path(scratch), options.limit or 256)
+        found: dict[str, Any] = {
+            "policy": policy.name if options.policy else "embedded",
+            "threads": torch.get_num_threads(),
+        }
+        found |= speed(policy, rollouts, options.limit, options.budget, options.repeats)
+        found |= dead(policy, rollouts, options.limit, options.budget, options.repeats)
+        found |= memory(policy, rollouts, options.budget)
+        found |= precision(options.budget)
+        if options.dense:
+            found["dense_projection"] = compare_projections(policy)
+        if options.peers:
+            found["bergson"] = bergson_tokens_per_second(options.peers, policy, rollouts)
+            found["dattri"] = dattri_tokens_per_second(options.peers, policy, rollouts)
+    found["machine"] = machine()
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
