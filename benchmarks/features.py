@@ -240,10 +240,10 @@ def memory(policy: Path, rollouts: Path, budget: int) -> dict[str, float]:
     return found | {"peak_over_forward": found["engine_bytes"] / found["forward_bytes"]}
 
 
-def precision(budget: int) -> dict[str, Any]:
+def precision(prompts: int, budget: int) -> dict[str, Any]:
     """Compare orders by features and by whole gradients on the embedded world, at the defaults."""
     with tempfile.TemporaryDirectory() as scratch:
-        rollouts = embedded_rollouts(Path(scratch), 360)
+        rollouts = embedded_rollouts(Path(scratch), prompts)
         table = read_rollouts(rollouts)
         groups = [g for g in group_rollouts(table, 2) if g.status == OK]
         rows = {}
@@ -257,7 +257,7 @@ def precision(budget: int) -> dict[str, Any]:
             for i, row, _ in project_blocks(engine, groups, job, Budget(budget)):
                 out[i] = row
             rows[name] = np.stack([out[i] for i in range(len(groups))]).astype(np.float64)
-    goal = [i for i, g in enumerate(groups) if g.prompt_id.startswith("reverse")][:30]
+    goal = [i for i, g in enumerate(groups) if g.prompt_id.startswith("reverse")][: prompts // 12]
     rest = [i for i in range(len(groups)) if i not in goal]
     orders = {}
     for name, x in rows.items():
@@ -278,6 +278,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="live prompts to take")
     parser.add_argument("--budget", type=int, default=4096, help="tokens a pass")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--precision-prompts", type=int, default=360, help="of the embedded world, 40 or more"
+    )
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peers", type=Path, help="interpreter of an environment with bergson and dattri")
     parser.add_argument("--dense", action="store_true", help="also a slice of a dense projection")
@@ -295,7 +298,7 @@ def main() -> None:
         found |= speed(policy, rollouts, options.limit, options.budget, options.repeats)
         found |= dead(policy, rollouts, options.limit, options.budget, options.repeats)
         found |= memory(policy, rollouts, options.budget)
-        found |= precision(options.budget)
+        found |= precision(options.precision_prompts, options.budget)
         if options.dense:
             found["dense_projection"] = compare_projections(policy)
         if options.peers:
