@@ -1,0 +1,382 @@
+"""Measure this machine on a few prompts of a run: the real sampler, the real gradients, a few real training steps.
+
+    measured = Calibration(config, policy, prompts, folder).run()
+    measured.samples["pool"].live, measured.speeds.training.completion_s
+
+The functions are those of the run's steps, on tables of a few dozen prompts in a folder of the caller's; their
+progress reports are the clock. Nothing else is written, and what they trained is thrown away.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cropi_core.calibration_files import checkpoint_bytes, rollout_lines, store_bytes
+from cropi_core.gradients import compute
+from cropi_core.groups import OK, Group, batches, group_rollouts
+from cropi_core.influence import score
+from cropi_core.meter import Meter
+from cropi_core.plan import (
+    Assumptions,
+    Disk,
+    Line,
+    Memory,
+    Rate,
+    Sample,
+    Source,
+    Speeds,
+    TrainingRate,
+)
+from cropi_core.policy import pick_device
+from cropi_core.progress import Progress
+from cropi_core.prompts import read_prompts, write_prompts
+from cropi_core.rollouts import collect, list_lengths, read_rollouts
+from cropi_core.steps import provenance
+from cropi_core.tables import write_parquet
+from data_schemas.config import Config, Sampling
+
+SHARDS = 5
+"""Batches of prompts sampled from the pool, and from the validation sets; the first warms up."""
+
+SAMPLING_BUDGET_S = 4.0
+"""After this no other batch is begun."""
+
+TRAINING_CYCLES = 3
+"""Generation batches of training; the first warms up."""
+
+Groups = dict[Source, list[Group]]
+
+
+class _EnoughError(Exception):
+    """Stops a step between two shards."""
+
+
+@dataclass
+class _Clock:
+    """A progress report that notes when it was called, and stops the step when its time is up."""
+
+    budget_s: float = math.inf
+    began: float = field(default_factory=time.monotonic)
+    marks: list[tuple[float, int]] = field(default_factory=list)
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        self.marks.append((now, progress.done))
+        if 0 < progress.done < progress.total and now - self.began > self.budget_s:
+            raise _EnoughError
+
+    def since_start(self) -> float:
+        """Return the seconds until the first report."""
+        return self.marks[0][0] - self.began
+
+    def laps(self) -> list[tuple[float, int, int]]:
+        """List what lies between two reports: seconds, and what was done before and after."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [(b[0] - a[0], a[1], b[1]) for a, b in pairs if b[1] > a[1]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration found."""
+
+    assumptions: Assumptions
+    speeds: Speeds
+    memory_of: str
+    seconds: float
+
+
+class Calibration:
+    """One calibration under way."""
+
+    def __init__(self, config: Config, policy: Path, prompts: dict[str, Path], folder: Path) -> None:
+        """Plan what is measured.
+
+        Args:
+            config: The run's.
+            policy: Checkpoint directory of the base.
+            prompts: Prompts table of every set.
+            folder: Where everything is written.
+        """
+        self.config, self.policy, self.folder = config, policy, folder
+        changes = {"workers": 1, "mode": "in_process", "save_steps": 10**6}
+        self.runtime = config.runtime.model_copy(update=changes)
+        self.meter = Meter(pick_device(config.runtime.device))
+        validation = [read_prompts(prompts[name]) for name in config.data.validation]
+        self.tables: dict[Source, pa.Table] = {
+            "pool": read_prompts(prompts["pool"]),
+            "validation": pa.concat_tables(validation),
+        }
+        self.samplings: dict[Source, Sampling] = {
+            "pool": config.rollouts.pool,
+            "validation": config.rollouts.validation,
+        }
+        self.rows: dict[str, float] = {}
+
+    def run(self, imports_s: float = 0.0) -> Measured:
+        """Measure; ``imports_s`` is what importing the libraries took, which can be seen only once a process."""
+        began, base = time.monotonic(), self.meter.now()
+        sampled: dict[Source, tuple[pa.Table, Rate]] = {s: self._sample(s) for s in self.tables}
+        least = self.config.objective.min_gradable
+        groups: Groups = {source: group_rollouts(t, least) for source, (t, _) in sampled.items()}
+        sampling = _shared([rate for _, rate in sampled.values()])
+        sampling_memory = Line(self.rows["sampling"], self.rows["sampling_row"])
+        gradients, gradient_memory, scores_s = self._gradients(groups)
+        training = self._training(groups["pool"])
+        start = time.monotonic()
+        provenance()
+        step_s = time.monotonic() - start
+        samples: dict[Source, Sample] = {s: lengths(sampled[s][0], g) for s, g in groups.items()}
+        memory = Memory(base, sampling_memory, gradient_memory, self.rows["training"])
+        return Measured(
+            Assumptions(samples, self._disk(groups)),
+            Speeds(imports_s, step_s, scores_s, sampling, gradients, training, memory),
+            self.meter.of,
+            time.monotonic() - began,
+        )
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def _sample(self, source: Source) -> tuple[pa.Table, Rate]:
+        """Sample a few batches of prompts; returns the rollouts and the rate, whose ``first_s`` is not set yet."""
+        sampling, rows = self.samplings[source], self.runtime.generation_rows
+        shard = max(1, min(self.config.rollouts.shard_prompts, rows // sampling.samples))
+        shard = min(shard, -(-self.tables[source].num_rows // SHARDS))
+        path = self.folder / f"{source}.parquet"
+        write_prompts(spread(self.tables[source], shard * SHARDS, SHARDS), path)
+        out, clock = self.folder / source, _Clock(SAMPLING_BUDGET_S)
+        before = self.meter.now()
+        self.meter.reset()
+        with contextlib.suppress(_EnoughError):  # the batches sampled so far are what is measured
+            collect(
+                policy=self.policy,
+                policy_digest="calibration",
+                prompts=path,
+                out=out,
+                sampling=sampling,
+                grading=self.config.grading,
+                dtype=self.config.policy.dtype,
+                seed=self.config.seed,
+                shard_prompts=shard,
+                runtime=self.runtime,
+                report=clock,
+            )
+        tail = time.monotonic() - clock.marks[-1][0]
+        table = read_rollouts(out)
+        if source == "pool":
+            growth = max(0.0, self.meter.peak() - before)
+            self.rows["sampling"], used = before, min(rows, shard * sampling.samples)
+            self.rows["sampling_row"] = growth / used
+        return table, self._rate(clock, table, sampling.samples, tail)
+
+    @staticmethod
+    def _rate(clock: _Clock, table: pa.Table, samples: int, tail: float) -> Rate:
+        counts = list_lengths(table["completion_ids"]).tolist()
+        laps = clock.laps()
+        steady = laps[1:] or laps
+        token_s = sum(s for s, _, _ in steady) / sum(
+            sum(counts[a * samples : b * samples]) for _, a, b in steady
+        )
+        first = laps[0][0] - token_s * sum(counts[: laps[0][2] * samples])
+        start = clock.since_start() + (max(0.0, first) if len(laps) > 1 else 0.0)
+        return Rate(0.0, start, token_s + tail / sum(counts))
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def _gradients(self, groups: Groups) -> tuple[dict[Source, Rate], Line, float]:
+        """Compute the sampled prompts' gradients; returns rates, memory by tokens of a pass, seconds of scoring."""
+        none: dict[Source, Rate] = dict.fromkeys(groups, Rate(0.0, 0.0, 0.0))
+        if not self.config.needs_gradients:
+            return none, Line(0.0, 0.0), 0.0
+        found = {source: self._gradients_of(source, groups[source]) for source in groups}
+        memory = max((line for _, line in found.values()), key=lambda line: line.fixed)
+        slopes = [line.per_row for _, line in found.values() if line.per_row > 0]
+        if not all(any(g.status == OK for g in members) for members in groups.values()):
+            return (
+                _shared([rate for rate, _ in found.values()]),
+                Line(memory.fixed, max(slopes, default=0.0)),
+                0.0,
+            )
+        start = time.monotonic()
+        paths = [self.folder / f"{source}.zarr" for source in ("pool", "validation")]
+        settings = self.config.scores
+        score(train=paths[0], validation={"goal": paths[1]}, out=self.folder / "s.parquet", settings=settings)
+        taken = time.monotonic() - start
+        slope = found["validation"][1].per_row
+        return _shared([rate for rate, _ in found.values()]), Line(memory.fixed, slope), taken
+
+    def _gradients_of(self, source: Source, groups: list[Group]) -> tuple[Rate, Line]:
+        layout = self.config.gradients
+        layout = layout.model_copy(update={"rows_per_shard": layout.block_rows})
+        clock, loaded = _Clock(), []
+
+        def report(progress: Progress) -> None:
+            if not loaded:
+                loaded.append((self.meter.peak(), self.meter.now()))
+                self.meter.reset()
+            clock(progress)
+
+        self.meter.reset()
+        compute(
+            policy=self.policy,
+            rollouts=self.folder / source,
+            out=self.folder / f"{source}.zarr",
+            objective=self.config.objective,
+            projection=self.config.projection,
+            layout=layout,
+            dtype=self.config.policy.dtype,
+            policy_digest="calibration",
+            max_new_tokens=self.config.training.sampling.max_new_tokens,
+            runtime=self.runtime,
+            report=report,
+        )
+        start = clock.since_start() + time.monotonic() - clock.marks[-1][0]
+        laps = clock.laps()
+        steady = laps[1:] if sum(_packed(groups[a:b]) for _, a, b in laps[1:]) else laps
+        passed = sum(_packed(groups[a:b]) for _, a, b in steady)
+        token_s = sum(s for s, _, _ in steady) / passed if passed else 0.0
+        rows = 1 if layout.deterministic else layout.block_rows
+        cuts = [[groups[i] for i in cut] for cut in batches(groups, rows, self.runtime.token_budget)]
+        largest = max((_packed(cut) for cut in cuts), default=0)
+        _, before = loaded[0]
+        growth = max(0.0, self.meter.peak() - before)
+        return Rate(0.0, start, token_s), Line(before, growth / largest if largest else 0.0)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def _training(self, groups: Sequence[Group]) -> TrainingRate:
+        """Take a few real optimizer steps on the sampled prompts, those with a gradient first."""
+        start = time.monotonic()
+        from cropi_core.training import train  # TRL: what its import takes, a run's first stage takes
+
+        first_s = time.monotonic() - start
+        training, of = self.config.training, self.config.training.sampling
+        full = max(self.runtime.generation_rows, self.runtime.train_micro_batch)
+        chosen = sorted(groups, key=lambda group: group.status != OK)
+        prompts = min(training.prompts_per_step, -(-full // of.samples), len(chosen))
+        ids = [group.prompt_id for group in chosen][: max(prompts, min(len(chosen), 2 * prompts))]
+        table = pa.table({"prompt_id": ids, "selected": [True] * len(ids)})
+        write_parquet(table, self.folder / "selection.parquet")
+        steps = training.iterations * TRAINING_CYCLES
+        few = {"steps": steps, "prompts_per_step": prompts, "warmup_steps": 0}
+        clock = _Clock()
+        self.meter.reset()
+        train(
+            policy=self.policy,
+            reference=self.policy if training.beta > 0 else None,
+            prompts=self.folder / "pool.parquet",
+            selection=self.folder / "selection.parquet",
+            out=self.folder / "trained",
+            metrics=self.folder / "metrics.parquet",
+            scratch=self.folder / "scratch",
+            training=training.model_copy(update=few),
+            objective=self.config.objective,
+            grading=self.config.grading,
+            dtype=self.config.policy.dtype,
+            seed=self.config.seed,
+            runtime=self.runtime,
+            report=clock,
+        )
+        save_s = time.monotonic() - clock.marks[-1][0]
+        times = [at for at, _ in clock.marks]
+        warm = training.iterations - 1
+        step_s = (times[-1] - times[warm]) / (len(times) - 1 - warm)
+        start_s = max(0.0, times[warm] - clock.began - step_s * training.iterations)
+        self.rows["training"] = self.meter.peak()
+        return TrainingRate(first_s, start_s, step_s / (prompts * of.samples), save_s)
+
+    def _disk(self, groups: Groups) -> Disk:
+        lines: dict[Source, tuple[Line, Line]] = {
+            source: rollout_lines(self.folder / source, self.folder) for source in groups
+        }
+        policy, trained = checkpoint_bytes(self.policy)
+        features, columns = 0.0, Line(0.0, 0.0)
+        if self.config.needs_gradients:
+            live: dict[Source, int] = {
+                s: sum(g.status == OK for g in members) for s, members in groups.items()
+            }
+            best: Source = max(live, key=lambda s: live[s])
+            features, columns = store_bytes(self.folder / f"{best}.zarr", live[best], len(groups[best]))
+        return Disk(
+            {s: line for s, (line, _) in lines.items()},
+            lines["validation"][1],
+            features,
+            columns,
+            policy,
+            trained,
+        )
+
+
+def _packed(groups: Sequence[Group]) -> int:
+    return sum(group.packed for group in groups if group.status == OK)
+
+
+def _shared(rates: list[Rate]) -> dict[Source, Rate]:
+    """Split what the first call of a kind took beyond the second into what is paid once a process."""
+    pool, validation = rates
+    first = max(0.0, pool.start_s - validation.start_s)
+    return {
+        "pool": Rate(first, validation.start_s, pool.token_s),
+        "validation": Rate(first, validation.start_s, validation.token_s),
+    }
+
+
+def spread(table: pa.Table, wanted: int, shards: int) -> pa.Table:
+    """Take prompts at even distances from a table, each of ``shards`` parts from all of it."""
+    places = np.unique(np.linspace(0, table.num_rows - 1, min(wanted, table.num_rows)).round().astype(int))
+    return table.take(pa.array(np.concatenate([places[i::shards] for i in range(shards)])))
+
+
+def lengths(table: pa.Table, groups: Sequence[Group]) -> Sample:
+    """Describe sampled prompts.
+
+    Args:
+        table: Their rollouts.
+        groups: The same, grouped; completions that are not gradable are in the table only.
+    """
+    live = [group for group in groups if group.status == OK]
+
+    def mean(members: Sequence[Group]) -> float:
+        return sum(len(g.prompt) for g in members) / len(members) if members else 0.0
+
+    return Sample(
+        prompts=len(groups),
+        prompt_tokens=mean(groups),
+        lengths=tuple(int(n) for n in list_lengths(table["completion_ids"])),
+        live=len(live) / len(groups),
+        live_prompt_tokens=mean(live),
+        live_lengths=tuple(len(c) for g in live for c in g.completions),
+    )
+
+
+def facts(measured: Measured) -> dict[str, Any]:
+    """Say what was measured, in JSON types: rates a second, lengths in tokens, bytes."""
+    samples, speeds = measured.assumptions.samples, measured.speeds
+    return {
+        "seconds": round(measured.seconds, 3),
+        "memory_of": measured.memory_of,
+        "imports_s": round(speeds.imports_s + speeds.training.first_s, 3),
+        "samples": {
+            source: {
+                "prompts": s.prompts,
+                "prompt_tokens": s.prompt_tokens,
+                "completion_tokens": sum(s.lengths) / len(s.lengths) if s.lengths else None,
+                "live_share": s.live,
+                "tokens_per_s": _per_second(speeds.sampling[source].token_s),
+                "gradient_tokens_per_s": _per_second(speeds.gradients[source].token_s),
+            }
+            for source, s in samples.items()
+        },
+        "training_completions_per_s": _per_second(speeds.training.completion_s),
+        "gradient_bytes_per_token": speeds.memory.gradients.per_row,
+    }
+
+
+def _per_second(seconds: float) -> float | None:
+    return 1 / seconds if seconds > 0 else None

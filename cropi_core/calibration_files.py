@@ -1,0 +1,89 @@
+"""Bytes of a run's artifacts, from those of a calibration or, without one, from the formats."""
+
+import json
+import struct
+from pathlib import Path
+
+import pyarrow as pa
+
+from cropi_core.checkpoint import checkpoint_files
+from cropi_core.evaluation import evaluation_table
+from cropi_core.plan import Disk, Limits, Line, Source
+from cropi_core.rollouts import read_rollouts
+from cropi_core.tables import write_parquet
+
+COMPLETION = Line(25, 8)
+"""Bytes of a completion by its tokens, where nothing was sampled: 4 are the log-probability."""
+
+ROW_SHARE = 0.94
+"""Of a feature's bytes after compression (docs/store.md)."""
+
+
+def rollout_lines(parts: Path, folder: Path) -> tuple[Line, Line]:
+    """Fit the bytes of sampled completions: of a rollouts part, and of an evaluation's table.
+
+    A table is written whole and in half; the line through both holds because columns are compressed apart.
+    """
+    table = read_rollouts(parts)
+    return _line(table, folder), _line(evaluation_table("a", table), folder)
+
+
+def _line(table: pa.Table, folder: Path) -> Line:
+    sizes = []
+    rows = [table.num_rows // 2, table.num_rows]
+    for count in rows:
+        path = folder / f"size-{count}.parquet"
+        write_parquet(table.slice(0, count), path)
+        sizes.append(path.stat().st_size)
+    if rows[0] == 0:
+        return Line(0.0, sizes[1])
+    slope = max(0.0, (sizes[1] - sizes[0]) / (rows[1] - rows[0]))
+    return Line(max(0.0, sizes[1] - slope * rows[1]), slope)
+
+
+def store_bytes(store: Path, live: int, prompts: int) -> tuple[float, Line]:
+    """Weigh a gradient store: bytes of a row with a gradient, and the rest by prompts."""
+    files = {p.relative_to(store): p.stat().st_size for p in store.rglob("*") if p.is_file()}
+    rows = sum(size for path, size in files.items() if path.parts[:2] == ("features", "c"))
+    fixed = sum(size for path, size in files.items() if path.name == "zarr.json")
+    rest = sum(files.values()) - rows - fixed
+    return rows / live if live else 0.0, Line(fixed, rest / prompts)
+
+
+def checkpoint_bytes(policy: Path) -> tuple[int, int]:
+    """Weigh a checkpoint as it is, and as training saves it: float32 weights, the other files as they are."""
+    files = checkpoint_files(policy)
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    whole = sum(path.stat().st_size for path in files)
+    rest = whole - sum(path.stat().st_size for path in weights)
+    return whole, rest + sum(_in_float32(path) for path in weights)
+
+
+def _in_float32(path: Path) -> int:
+    """Return the bytes of a safetensors file if its numbers were float32: a length, a JSON header, the numbers."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    numbers = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            count = 1
+            for side in entry["shape"]:
+                count *= side
+            numbers += count
+    return 8 + length + 4 * numbers
+
+
+def assumed_disk(policy: Path, lengths: dict[Source, int], limits: Limits) -> Disk:
+    """Return the bytes of artifacts where nothing was sampled.
+
+    Args:
+        policy: Base checkpoint.
+        lengths: Tokens of a completion, by source.
+        limits: The run's.
+    """
+    whole, trained = checkpoint_bytes(policy)
+    rollouts: dict[Source, Line] = {source: Line(4000, COMPLETION.at(n)) for source, n in lengths.items()}
+    evaluation = Line(2500, COMPLETION.at(lengths["validation"]) / 2)
+    features = limits.k * limits.value_bytes * ROW_SHARE
+    return Disk(rollouts, evaluation, features, Line(11_000, 45), whole, trained)

@@ -1,0 +1,412 @@
+"""What a curriculum will cost, from what was measured on a few prompts: arithmetic, nothing is run.
+
+    estimates = estimate(works, Assumptions(samples, disk), speeds, Limits.of(config))
+    total(estimates).seconds
+
+A :class:`Work` says what a step will do, in counts; a :class:`Sample` how long prompts and completions are and how
+many prompts have a gradient; :class:`Speeds` how fast this machine is. Steps of the pool and of training are like the
+pool's sample, steps of validation and test sets like the validation sets' sample, at every stage.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from data_schemas.config import Config
+from data_schemas.manifest import StepName
+
+Origin = Literal["computed", "cached", "pinned"]
+Source = Literal["pool", "validation"]
+
+SCORED_NUMBERS_PER_S = 5e8
+"""Stored numbers that scoring reads a second; its steps are seconds where others are hours, so this is not measured."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step will do.
+
+    Attributes:
+        slot: Its place in the run, such as ``gradients/pool@2``.
+        step: Which step.
+        stage: 0 before the first stage.
+        origin: ``computed``, or where its artifact is there already: ``cached``, ``pinned``.
+        source: Whose lengths its prompts have.
+        prompts: Prompts read; in training, prompts of one generation batch.
+        samples: Completions a prompt.
+        max_new_tokens: Their longest.
+        calls: Sets that are sampled one after another, each with a model loaded anew.
+        steps: Optimizer steps.
+        batches: Generation batches of training.
+        rows: Prompts with a gradient, where that is known better than by the sample's share.
+        bytes: Size of the artifact where it is known, its manifest left out.
+        seconds: Where they are known.
+    """
+
+    slot: str
+    step: StepName
+    stage: int = 0
+    origin: Origin = "computed"
+    source: Source = "pool"
+    prompts: int = 0
+    samples: int = 0
+    max_new_tokens: int = 0
+    calls: int = 1
+    steps: int = 0
+    batches: int = 0
+    rows: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Lengths in tokens, and who has a gradient.
+
+    Attributes:
+        prompts: Prompts sampled; 0 where lengths are assumed.
+        prompt_tokens: Mean of a prompt.
+        lengths: Of the completions seen.
+        live: Share of the prompts with a gradient.
+        live_prompt_tokens: Mean of these prompts.
+        live_lengths: Of their completions.
+    """
+
+    prompts: int
+    prompt_tokens: float
+    lengths: tuple[int, ...]
+    live: float
+    live_prompt_tokens: float
+    live_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of a file: ``fixed`` and ``per_row`` for every row."""
+
+    fixed: float
+    per_row: float
+
+    def at(self, rows: float) -> float:
+        """Return the bytes of a file of so many rows."""
+        return self.fixed + self.per_row * rows
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of artifacts.
+
+    Attributes:
+        rollouts: A part with its completions, by source.
+        evaluation: A table with its completions.
+        features: One prompt's row, if it has a gradient.
+        columns: The rest of a gradient store with its prompts.
+        policy: The base checkpoint.
+        trained: A trained one, in float32.
+    """
+
+    rollouts: Mapping[Source, Line]
+    evaluation: Line
+    features: float
+    columns: Line
+    policy: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What tokens and disk are computed from."""
+
+    samples: Mapping[Source, Sample]
+    disk: Disk
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of a step: ``first_s`` once a process, ``start_s`` every call, ``token_s`` every token."""
+
+    first_s: float
+    start_s: float
+    token_s: float
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """Seconds of a stage: ``first_s`` once a process, ``start_s``, a completion in a step, a checkpoint."""
+
+    first_s: float
+    start_s: float
+    completion_s: float
+    save_s: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process, or of the GPU where there is one.
+
+    Attributes:
+        base: With all libraries imported.
+        sampling: With the policy and a batch of ``rows`` sequences.
+        gradients: With the engine and a pass of ``rows`` tokens.
+        training: While a stage trains.
+    """
+
+    base: float
+    sampling: Line
+    gradients: Line
+    training: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine was measured to do."""
+
+    imports_s: float
+    step_s: float
+    scores_s: float
+    sampling: Mapping[Source, Rate]
+    gradients: Mapping[Source, Rate]
+    training: TrainingRate
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings that shape batches, files and processes."""
+
+    k: int
+    value_bytes: int
+    shard_prompts: int
+    rows_per_shard: int
+    block_rows: int
+    generation_rows: int
+    token_budget: int
+    save_steps: int
+    subprocess: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Take them from a configuration."""
+        runtime = config.runtime
+        return cls(
+            k=config.projection.k,
+            value_bytes=2 if config.projection.dtype == "float16" else 4,
+            shard_prompts=config.rollouts.shard_prompts,
+            rows_per_shard=config.gradients.rows_per_shard,
+            block_rows=1 if config.gradients.deterministic else config.gradients.block_rows,
+            generation_rows=runtime.generation_rows,
+            token_budget=runtime.token_budget,
+            save_steps=runtime.save_steps,
+            subprocess=runtime.mode == "subprocess",
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step, a stage or a run costs.
+
+    Attributes:
+        slot: The step's place, or the name of a sum.
+        stage: 0 before the first stage; None for a whole run.
+        origin: See :class:`Work`; None for a sum.
+        tokens_generated: Tokens of completions sampled.
+        tokens_passed: Tokens of forward and backward passes, every completion with its prompt.
+        seconds: None without a calibration.
+        peak_memory_bytes: Largest so far in the process that runs the step, as manifests say it.
+        disk_bytes: Of the artifact with its manifest.
+    """
+
+    slot: str
+    stage: int | None
+    origin: Origin | None
+    tokens_generated: float = 0.0
+    tokens_passed: float = 0.0
+    seconds: float | None = None
+    peak_memory_bytes: float | None = None
+    disk_bytes: float = 0.0
+
+
+def mean_length(lengths: Sequence[int], limit: int) -> float:
+    """Average completion lengths, cut at ``limit``; 0 where there is none."""
+    return sum(min(length, limit) for length in lengths) / len(lengths) if lengths else 0.0
+
+
+def live_prompts(work: Work, sample: Sample) -> float:
+    """Return how many prompts of a step have a gradient."""
+    return work.prompts * sample.live if work.rows is None else work.rows
+
+
+def tokens(work: Work, sample: Sample) -> tuple[float, float]:
+    """Count the tokens a step generates, and those it passes forward and backward, each completion with its prompt.
+
+    Training draws from the prompts with a gradient, or from all where the sample has none.
+    """
+    if work.step in ("rollouts", "evaluation"):
+        return work.prompts * work.samples * mean_length(sample.lengths, work.max_new_tokens), 0.0
+    live = mean_length(sample.live_lengths, work.max_new_tokens)
+    if work.step == "gradients":
+        return 0.0, live_prompts(work, sample) * work.samples * (sample.live_prompt_tokens + live)
+    if work.step == "training":
+        prompt = sample.live_prompt_tokens
+        if not sample.live_lengths:
+            prompt, live = sample.prompt_tokens, mean_length(sample.lengths, work.max_new_tokens)
+        completions = work.prompts * work.samples
+        return work.batches * completions * live, work.steps * completions * (prompt + live)
+    return 0.0, 0.0
+
+
+def packed_tokens(work: Work, sample: Sample) -> float:
+    """Count the tokens that a prompt with a gradient takes in a pass: its own once, then its completions."""
+    return sample.live_prompt_tokens + work.samples * mean_length(sample.live_lengths, work.max_new_tokens)
+
+
+def disk(work: Work, assumptions: Assumptions, limits: Limits) -> float:
+    """Return the bytes of a step's artifact."""
+    sizes, sample = assumptions.disk, assumptions.samples[work.source]
+    match work.step:
+        case "policy":
+            size, files = float(sizes.policy), 6
+        case "training":
+            size, files = sizes.trained + METRICS.at(work.steps), 7
+        case "rollouts":
+            files = math.ceil(work.prompts / limits.shard_prompts)
+            line = sizes.rollouts[work.source]
+            size = files * line.fixed + line.per_row * work.prompts * work.samples
+        case "gradients":
+            files = 2 * STORE_ARRAYS + math.ceil(work.prompts / limits.rows_per_shard)
+            size = sizes.columns.at(work.prompts) + sizes.features * live_prompts(work, sample)
+        case "evaluation":
+            size, files = sizes.evaluation.at(work.prompts * work.samples) + ACCURACY * work.calls, 2
+        case "scores":
+            size, files = SCORES.at(work.prompts), 1
+        case "selection":
+            size, files = SELECTION.at(work.prompts), 1
+        case "prompts":
+            size, files = PROMPTS.at(work.prompts), 1
+        case "diagnostics":
+            size, files = DIAGNOSTICS, 1
+    return (size if work.bytes is None else work.bytes) + MANIFEST.at(files)
+
+
+# Measured on artifacts of the embedded demo; together less than a hundredth of a run's bytes.
+MANIFEST = Line(1500, 160)
+"""By files."""
+METRICS = Line(4000, 80)
+SCORES = Line(4000, 21)
+SELECTION = Line(3500, 19)
+PROMPTS = Line(2500, 25)
+ACCURACY = 290.0
+DIAGNOSTICS = 1000.0
+STORE_ARRAYS = 13
+
+
+def seconds(work: Work, sample: Sample, speeds: Speeds, limits: Limits) -> float:
+    """Return the seconds of a step, imports and what is paid once a process left out."""
+    if work.seconds is not None:
+        return work.seconds
+    generated, _ = tokens(work, sample)
+    match work.step:
+        case "rollouts" | "evaluation":
+            rate = speeds.sampling[work.source]
+            spent = work.calls * rate.start_s + generated * rate.token_s
+        case "gradients":
+            rate = speeds.gradients[work.source]
+            spent = rate.start_s + live_prompts(work, sample) * packed_tokens(work, sample) * rate.token_s
+        case "training":
+            rate = speeds.training
+            spent = rate.start_s + work.steps * work.prompts * work.samples * rate.completion_s
+            spent += math.ceil(work.steps / limits.save_steps) * rate.save_s
+        case "scores":
+            rows = live_prompts(work, sample)
+            spent = speeds.scores_s + rows * limits.k / SCORED_NUMBERS_PER_S
+        case _:
+            spent = 0.0
+    return spent + speeds.step_s
+
+
+def memory(work: Work, sample: Sample, held: Memory, limits: Limits) -> float:
+    """Return the peak memory of a step in a process of its own, in bytes."""
+    match work.step:
+        case "rollouts" | "evaluation":
+            return held.sampling.at(min(limits.generation_rows, work.prompts * work.samples))
+        case "gradients":
+            one = packed_tokens(work, sample)
+            block = min(limits.block_rows, work.prompts) * sample.live * one
+            return held.gradients.at(min(block, max(limits.token_budget, one)))
+        case "training":
+            return held.training
+        case "policy":
+            return held.sampling.fixed
+        case _:
+            return held.base
+
+
+def once(work: Work, speeds: Speeds, paid: set[str]) -> float:
+    """Return what a step pays because it is the first of its kind in its process, and note it in ``paid``."""
+    due = {"imports": speeds.imports_s}
+    if work.step in ("policy", "rollouts", "evaluation"):
+        due["sampling"] = max(rate.first_s for rate in speeds.sampling.values())
+    elif work.step == "gradients":
+        due["gradients"] = max(rate.first_s for rate in speeds.gradients.values())
+    elif work.step == "training":
+        due["training"] = speeds.training.first_s
+    new = {name: cost for name, cost in due.items() if name not in paid}
+    paid.update(new)
+    return sum(new.values())
+
+
+def estimate(
+    works: Sequence[Work], assumptions: Assumptions, speeds: Speeds | None, limits: Limits
+) -> list[Estimate]:
+    """Estimate every step, in the order of the run; what is there already costs nothing."""
+    estimates, paid, peak = [], set[str](), 0.0
+    for work in works:
+        empty = Estimate(work.slot, work.stage, work.origin)
+        if work.origin != "computed":
+            estimates.append(empty if speeds is None else replace(empty, seconds=0.0))
+            continue
+        sample = assumptions.samples[work.source]
+        generated, passed = tokens(work, sample)
+        spent = held = None
+        if speeds is not None:
+            if limits.subprocess:
+                paid, peak = set(), 0.0
+            spent = once(work, speeds, paid) + seconds(work, sample, speeds, limits)
+            peak = held = max(peak, memory(work, sample, speeds.memory, limits))
+        estimates.append(
+            replace(
+                empty,
+                tokens_generated=generated,
+                tokens_passed=passed,
+                seconds=spent,
+                peak_memory_bytes=held,
+                disk_bytes=disk(work, assumptions, limits),
+            )
+        )
+    return estimates
+
+
+def total(estimates: Sequence[Estimate], name: str = "total", stage: int | None = None) -> Estimate:
+    """Add up estimates; of memory the largest counts."""
+    times = [e.seconds for e in estimates if e.seconds is not None]
+    peaks = [e.peak_memory_bytes for e in estimates if e.peak_memory_bytes is not None]
+    return Estimate(
+        name,
+        stage,
+        None,
+        sum(e.tokens_generated for e in estimates),
+        sum(e.tokens_passed for e in estimates),
+        sum(times) if times else None,
+        max(peaks, default=None),
+        sum(e.disk_bytes for e in estimates),
+    )
+
+
+def by_stage(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Add up the steps of every stage."""
+    stages = sorted({e.stage for e in estimates if e.stage is not None})
+    return [
+        total([e for e in estimates if e.stage == stage], f"stage {stage}" if stage else "before", stage)
+        for stage in stages
+    ]

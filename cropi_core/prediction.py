@@ -1,0 +1,172 @@
+"""Put a plan together: the steps, what was measured or assumed, the estimates, and what must be said beside them."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_schemas.config import Config
+
+if TYPE_CHECKING:
+    from cropi_core.calibration import Measured
+    from cropi_core.plan import Assumptions, Estimate, Sample, Source
+    from cropi_core.rehearsal import Rehearsed
+
+COUNTED_PROMPTS = 500
+"""Prompts tokenised where nothing is sampled."""
+
+
+def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> dict[str, Any]:
+    """Plan a run.
+
+    Args:
+        config: What would be run.
+        root: Where artifacts are looked for; nothing is written there.
+        folder: An empty directory for what is measured.
+        calibrated: Measure; else completions are assumed to be as long as they may be, and there are no times.
+
+    Returns:
+        ``run``, ``calibration`` (None without one), ``steps``, ``stages`` and ``totals`` with the fields of
+        :class:`cropi_core.plan.Estimate`, and ``notes``: what was assumed.
+
+    Raises:
+        CropiError: What the run itself would raise before it computes anything, or a measured step's.
+    """
+    start = time.monotonic()
+    from cropi_core import plan
+    from cropi_core.calibration import Calibration, facts
+    from cropi_core.rehearsal import rehearse
+    from cropi_core.runs import run_id
+    from cropi_core.store import Store
+
+    imports_s = time.monotonic() - start
+    (folder / "store").mkdir()
+    rehearsed = rehearse(config, Store(root), folder / "store")
+    limits = plan.Limits.of(config)
+    measured: Measured | None = None
+    if calibrated and any(work.origin == "computed" for work in rehearsed.works):
+        (folder / "measured").mkdir()
+        calibration = Calibration(config, rehearsed.policy, rehearsed.prompts, folder / "measured")
+        measured = calibration.run(imports_s)
+    assumptions = measured.assumptions if measured else assumed(config, rehearsed, limits)
+    speeds = measured.speeds if measured else None
+    steps = plan.estimate(rehearsed.works, assumptions, speeds, limits)
+    return {
+        "run": run_id(config),
+        "calibration": facts(measured) if measured else None,
+        "steps": [row(step) for step in steps],
+        "stages": [row(stage) for stage in plan.by_stage(steps)],
+        "totals": row(plan.total(steps)),
+        "notes": notes(config, rehearsed, assumptions.samples, measured),
+    }
+
+
+def row(estimate: "Estimate") -> dict[str, Any]:
+    """Turn an estimate into JSON types; tokens and bytes are whole, seconds have three digits behind the point."""
+    fields = asdict(estimate)
+    for name in ("tokens_generated", "tokens_passed", "peak_memory_bytes", "disk_bytes"):
+        fields[name] = None if fields[name] is None else round(fields[name])
+    fields["seconds"] = None if fields["seconds"] is None else round(fields["seconds"], 3)
+    return fields
+
+
+def assumed(config: Config, rehearsed: "Rehearsed", limits: Any) -> "Assumptions":
+    """Assume the longest completions and a gradient for every prompt; only prompts are tokenised."""
+    from transformers import AutoTokenizer
+
+    from cropi_core.calibration import spread
+    from cropi_core.calibration_files import assumed_disk
+    from cropi_core.plan import Assumptions, Sample
+    from cropi_core.policy import render
+    from cropi_core.prompts import read_prompts
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        rehearsed.policy, trust_remote_code=False, local_files_only=True
+    )
+    longest = max(
+        s.max_new_tokens
+        for s in (
+            config.rollouts.pool,
+            config.rollouts.validation,
+            config.training.sampling,
+            config.evaluation.sampling,
+        )
+    )
+
+    def sample(names: list[str]) -> Sample:
+        counts = []
+        for name in names:
+            rows = spread(read_prompts(rehearsed.prompts[name]), COUNTED_PROMPTS, 1).to_pylist()
+            counts += [len(render(tokenizer, r["messages"])) for r in rows]
+        mean = sum(counts) / len(counts)
+        return Sample(0, mean, (longest,), 1.0, mean, (longest,))
+
+    samples: dict[Source, Sample] = {
+        "pool": sample(["pool"]),
+        "validation": sample([*config.data.validation]),
+    }
+    lengths: dict[Source, int] = {
+        "pool": config.rollouts.pool.max_new_tokens,
+        "validation": config.rollouts.validation.max_new_tokens,
+    }
+    return Assumptions(samples, assumed_disk(rehearsed.policy, lengths, limits))
+
+
+def notes(
+    config: Config,
+    rehearsed: "Rehearsed",
+    samples: "dict[Source, Sample] | Any",
+    measured: "Measured | None",
+) -> list[str]:
+    """Say what was assumed, and what is not counted."""
+    said = []
+    there = [work.slot for work in rehearsed.works if work.origin != "computed"]
+    if there:
+        said.append(f"{len(there)} of {len(rehearsed.works)} artifacts are there already and cost nothing")
+    if len(there) == len(rehearsed.works):
+        return said
+    if measured is None:
+        said.append(
+            "not calibrated: every completion is counted at its longest and every prompt as if it had a gradient; "
+            "tokens and disk are upper bounds"
+        )
+    else:
+        pool, validation = samples["pool"], samples["validation"]
+        said.append(
+            f"measured on {pool.prompts} prompts of the pool and {validation.prompts} of the validation sets; test "
+            "sets are assumed to be like validation sets, what is trained on like the pool's prompts with a gradient"
+        )
+        said += _dead(config, samples)
+    if config.stages > 1:
+        said.append(
+            "lengths and shares of prompts with a gradient of later stages are assumed equal to the first's"
+        )
+    if config.may_refresh and config.rollouts.refresh == "never":
+        said.append("a limit of the section diagnostics may collect trajectories again; that is not counted")
+    if config.runtime.workers > 1:
+        said.append(
+            f"runtime.workers={config.runtime.workers}: gradients are timed in one process with all threads; the "
+            "memory is that of one process, each worker takes as much again"
+        )
+    if config.rollouts.validation.max_new_tokens < config.evaluation.sampling.max_new_tokens:
+        said.append(
+            "evaluation may generate longer completions than the validation sets' rollouts; taken as equal"
+        )
+    if measured is not None and config.rollouts.pool.max_new_tokens < config.training.sampling.max_new_tokens:
+        said.append(
+            "training may generate longer completions than the pool's rollouts; tokens are taken as equal"
+        )
+    return said
+
+
+def _dead(config: Config, samples: Any) -> list[str]:
+    """Say that nothing sampled has a gradient."""
+    said = []
+    for source, what in (("pool", "the pool"), ("validation", "the validation sets")):
+        if samples[source].live == 0 and config.needs_gradients:
+            said.append(
+                f"none of {samples[source].prompts} prompts sampled of {what} has a gradient (their rewards are all "
+                "equal): gradients are predicted to cost nothing, and scores would fail; collect more samples a "
+                "prompt, raise the temperature, or choose other prompts"
+            )
+    return said

@@ -1,0 +1,173 @@
+"""A rehearsal of a curriculum: its steps in their order, what is there already, and nothing computed but prompts.
+
+    with TemporaryDirectory() as folder:
+        rehearsed = rehearse(config, Store(root), Path(folder))
+
+The real :func:`cropi_core.curriculum.curriculum` runs on a store of its own, with a function in place of the steps
+that names what each of them would make. Prompts are really read, because everything is counted from them; artifacts
+found in the real store are linked, so keys are known as far as every input of theirs is. The real store is only read.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cropi_core.checkpoint import resolve_checkpoint
+from cropi_core.curriculum import curriculum
+from cropi_core.plan import Work
+from cropi_core.runs import now
+from cropi_core.selection import subset_size
+from cropi_core.step_functions import CHECKPOINT, PROMPTS_FILE
+from cropi_core.steps import StepResult, run_step, step_key, step_kind
+from cropi_core.store import MANIFEST, Store, write_atomic
+from data_schemas.config import Config
+from data_schemas.manifest import Manifest, StepSpec
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a run would do.
+
+    Attributes:
+        works: Its steps, in order.
+        prompts: Prompts table of every set, by name; lies in the rehearsal's folder.
+        policy: Checkpoint directory of the base.
+    """
+
+    works: list[Work]
+    prompts: dict[str, Path]
+    policy: Path
+
+
+def rehearse(config: Config, store: Store, folder: Path) -> Rehearsed:
+    """List the steps of a run of ``config`` on ``store``.
+
+    Args:
+        config: What would be run.
+        store: Where artifacts are looked for; nothing is written there.
+        folder: An empty directory; prompts and links stay there.
+
+    Raises:
+        CropiError: Whatever the run itself would raise before it computes anything.
+    """
+    stage = _Rehearsal(config, store, Store(folder))
+    record = curriculum(stage.linked_pins(), stage.store, stage.execute)
+    names = ["pool", *config.data.validation, *config.data.test]
+    paths = {n: stage.store.path(record.slots[f"prompts/{n}"].ref) / PROMPTS_FILE for n in names}
+    sizes = {n: int(stage.store.manifest(record.slots[f"prompts/{n}"].ref).summary["prompts"]) for n in names}
+    works = []
+    for slot, entry in record.slots.items():
+        work = stage.done.get(slot) or Work(slot, "training" if slot.startswith("policy@") else _step(slot))
+        works.append(counted(work, entry.origin, config, sizes))
+    policy = stage.store.path(record.slots["policy@0"].ref) / CHECKPOINT
+    if not policy.is_dir():
+        policy = resolve_checkpoint(config.policy.path, config.policy.revision)
+    return Rehearsed(works, paths, policy)
+
+
+class _Rehearsal:
+    """The store that takes the place of the real one, and what was asked of it."""
+
+    def __init__(self, config: Config, real: Store, store: Store) -> None:
+        self.config = config
+        self.real = real
+        self.store = store
+        self.done: dict[str, Work] = {}
+
+    def linked_pins(self) -> Config:
+        """Link what the configuration pins, and name it by its whole key."""
+        keys = {slot: self.real.resolve(name) for slot, name in self.config.pin.items()}
+        for key in keys.values():
+            self._link(key)
+        return self.config.model_copy(update={"pin": keys})
+
+    def execute(self, spec: StepSpec) -> StepResult:
+        """Find a step's artifact, or say what it will be."""
+        key = step_key(spec)
+        known: dict[str, Any] = {}
+        cached = (self.real.path(key) / MANIFEST).is_file()
+        if cached:
+            self._link(key)
+        elif spec.step == "prompts" and "spot" not in spec.settings:
+            runtime = {**spec.runtime, "mode": "in_process"}
+            result = run_step(spec.model_copy(update={"runtime": runtime}), self.store)
+            known["bytes"] = sum(entry.size for entry in self.store.manifest(key).files)
+            known["seconds"] = result.seconds
+        else:
+            self._promise(spec, key)
+        self.done[spec.slot] = Work(spec.slot, spec.step, **known)
+        return StepResult(self.store.manifest(key).ref, cached=cached, seconds=0.0)
+
+    def _link(self, key: str) -> None:
+        target = self.store.path(key)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(self.real.path(key))
+
+    def _promise(self, spec: StepSpec, key: str) -> None:
+        """Write the manifest of an artifact that is not there; its digest is nobody's."""
+        pool = spec.inputs.get("prompts")
+        prompts = int(self.store.manifest(pool).summary["prompts"]) if pool else 0
+        summary: dict[str, Any] = {"status": {"ok": 1}}  # no share of the pool: no limit is passed by it
+        if spec.step == "selection":
+            summary["selected"] = subset_size(self.config.selection.ratio, prompts)
+        if "spot" in spec.settings:
+            summary["prompts"] = min(spec.settings["spot"]["prompts"], prompts)
+        manifest = Manifest(
+            kind=step_kind(spec.step),
+            key=key,
+            digest=hashlib.sha256(f"planned {key}".encode()).hexdigest(),
+            step=spec.step,
+            inputs=spec.inputs,
+            settings=spec.settings,
+            files=[],
+            summary=summary,
+            versions={},
+            git_revision=None,
+            host="",
+            device="",
+            created=now(),
+            seconds=0.0,
+            peak_memory_bytes=0,
+            checksum="",
+        )
+        write_atomic(self.store.path(key) / MANIFEST, manifest.model_dump_json())
+
+
+def _step(slot: str) -> Any:
+    """Return the step that fills a slot."""
+    return slot.partition("@")[0].partition("/")[0]
+
+
+def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> Work:
+    """Add to a step what it will do, in counts.
+
+    Args:
+        work: The step.
+        origin: Whether it is there already.
+        config: The run's.
+        sizes: Prompts of every set.
+    """
+    name, _, stage = work.slot.partition("@")
+    kind, _, place = name.partition("/")
+    wanted: dict[str, Any] = {"origin": origin, "stage": int(stage or 0)}
+    wanted["prompts"] = sizes.get(place or "pool", min(config.diagnostics.spot_check, sizes["pool"]))
+    if place in config.data.validation:
+        wanted["source"] = "validation"
+    if kind in ("rollouts", "gradients"):
+        of = config.rollouts.validation if place in config.data.validation else config.rollouts.pool
+        wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
+    if place == "spot" and kind in ("gradients", "scores"):
+        wanted["rows"] = wanted["prompts"] * (1 - config.diagnostics.spot_dead_share)
+    if kind == "evaluation":
+        names = [*config.data.validation, *config.data.test]
+        of = config.evaluation.sampling
+        wanted |= {"source": "validation", "prompts": sum(sizes[n] for n in names), "calls": len(names)}
+        wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
+    if work.step == "training":
+        training, of = config.training, config.training.sampling
+        wanted |= {"prompts": training.prompts_per_step, "steps": training.steps}
+        wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
+        wanted["batches"] = -(-training.steps // training.iterations)
+    return Work(**{**vars(work), **wanted})
