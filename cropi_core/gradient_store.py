@@ -20,6 +20,7 @@ order of the shards, the number of writers, or the stops on the way.
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -106,6 +107,21 @@ class GradientStore:
         store = cls(path, open_group(path, "r+"))
         store._check_same(prompt_ids, k, dtype, rows_per_shard, attributes)
         return store
+
+    @classmethod
+    def join(cls, path: Path | str) -> "GradientStore":
+        """Open a store that another process has created, to write shards of it.
+
+        Raises:
+            ArtifactError: It is not there.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ArtifactError(
+                f"{path} is not there on {socket.gethostname()}: what computes shards must reach their store under the "
+                "same path as the process that created it; on several machines, put it on a file system they share"
+            )
+        return cls(path, open_group(path, "r+"))
 
     @classmethod
     def open(cls, path: Path | str) -> "GradientStore":

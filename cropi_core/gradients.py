@@ -5,9 +5,12 @@ own, so neither the number of workers nor the size of the shards can change a ro
 zero, or undefined, are never run: their status says why.
 """
 
+import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from cropi_core.checkpoint import tree_digest
+from cropi_core.errors import ConfigError
 from cropi_core.features import FeatureEngine
 from cropi_core.gradient_store import GradientStore
 from cropi_core.group_features import Budget, Job, project_blocks
@@ -31,6 +35,25 @@ from data_schemas.config import Gradients, Objective, Projection, Runtime
 FIGURES = ("norm", "ess", "max_ratio", "clip_fraction", "kl", "kl_k1", "entropy", "mean_reward")
 
 
+@dataclass(frozen=True)
+class ShardPlan:
+    """What a process that computes shards of one store is told, the same for all of them.
+
+    Attributes:
+        job: What computes features.
+        store: The store, created; the process reaches it under this path.
+        threads: Torch's.
+    """
+
+    job: Job = field(hash=False)
+    store: Path
+    threads: int
+
+
+Spread = Callable[[ShardPlan, Mapping[int, list[Group]], Callable[[int], None]], None]
+"""Has shards computed elsewhere by :func:`compute_shard`: the plan, groups by shard, whom to tell of each on disk."""
+
+
 def compute(
     *,
     policy: Path,
@@ -44,6 +67,7 @@ def compute(
     max_new_tokens: int | None = None,
     runtime: Runtime = Runtime(),
     report: Report = silent,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Compute the features of every prompt of ``rollouts`` under ``policy`` into the store ``out``.
 
@@ -59,6 +83,7 @@ def compute(
         max_new_tokens: L_max of ``dr_grpo``; that of the rollouts when None.
         runtime: Device, threads, token budget, workers.
         report: Told the prompts done.
+        spread: Has the shards computed, as ``runtime.ray`` asks for; by default this process and its workers do.
 
     Returns:
         Summary: status counts, medians of ESS, ratios, norm, the projection's self-test.
@@ -67,14 +92,20 @@ def compute(
         DataError: The rollouts cannot be used.
         ProjectionError: The self-test failed, or a parameter is out of the engine's reach.
         StepError: A shard failed, or its process died twice; the others are kept for the next call.
+        ConfigError: ``runtime.ray`` is set, and there is no ``spread``.
     """
+    if runtime.ray and spread is None:
+        raise ConfigError(
+            "runtime.ray spreads shards through Prefect, and this is a call without it: take `cropi run` or a flow of "
+            "flows/single.py, or leave runtime.ray out and set runtime.workers"
+        )
     table = read_rollouts(rollouts)
     groups = group_rollouts(table, objective.min_gradable)
     sampling = sampling_of(table)
     longest = max_new_tokens or sampling.max_new_tokens
-    job = Job(policy, dtype, objective, projection, layout, sampling, longest, runtime)
-    threads = runtime.threads or max(1, (os.cpu_count() or 1) // runtime.workers)
-    engine = load_engine(job, threads)
+    job = Job(policy.absolute(), dtype, objective, projection, layout, sampling, longest, runtime)
+    plan = ShardPlan(job, out.absolute(), _threads(runtime))
+    engine = load_engine(job, plan.threads)
     attributes = _describe(job, engine, policy_digest or tree_digest(policy), table)
     store = GradientStore.create(
         out,
@@ -84,14 +115,18 @@ def compute(
         rows_per_shard=layout.rows_per_shard,
         attributes=attributes,
     )
-    todo = [s for s in range(store.shards) if not store.finished and not store.done(s)]
-    done = len(groups) - sum(len(store.shard_rows(s)) for s in todo)
-    report(Progress(done, len(groups), "prompt"))
-    for shard in _run_shards(job, engine, store, groups, todo, threads):
-        done += len(store.shard_rows(shard))
-        report(Progress(done, len(groups), "prompt"))
+    run = spread or partial(_run_here, engine)
+    del engine  # others load their own, maybe onto the same GPU
+    _fill(plan, store, groups, run, report)
     store.finish()
     return summarise(GradientStore.open(out), attributes)
+
+
+def _threads(runtime: Runtime) -> int:
+    """Return torch's threads in each process; on a cluster it is the processors a worker asks for."""
+    if runtime.threads or runtime.ray:
+        return runtime.threads or 1
+    return max(1, (os.cpu_count() or 1) // runtime.workers)
 
 
 def load_engine(job: Job, threads: int) -> FeatureEngine:
@@ -127,20 +162,49 @@ def _describe(job: Job, engine: FeatureEngine, policy_digest: str, table: pa.Tab
 # -- shards ----------------------------------------------------------------------------------------------------------
 
 
-def _run_shards(
-    job: Job, engine: FeatureEngine, store: GradientStore, groups: list[Group], todo: list[int], threads: int
-) -> Iterator[int]:
-    """Compute the missing shards, with ``engine`` or in workers of their own; yields each when it is on disk."""
-    slices = {s: [groups[i] for i in store.shard_rows(s)] for s in todo}
-    workers = min(job.runtime.workers, len(todo))
-    if workers <= 1:
-        worker = Worker(job, engine, store)
-        for shard in todo:
-            worker.write(shard, slices[shard])
-            yield shard
+def _fill(plan: ShardPlan, store: GradientStore, groups: list[Group], run: Spread, report: Report) -> None:
+    """Have the missing shards computed, and report the prompts done."""
+    missing = {s: [groups[i] for i in store.shard_rows(s)] for s in range(store.shards) if not store.done(s)}
+    left = sum(map(len, missing.values()))
+
+    def done(shard: int) -> None:
+        nonlocal left
+        left -= len(missing[shard])
+        report(Progress(len(groups) - left, len(groups), "prompt"))
+
+    report(Progress(len(groups) - left, len(groups), "prompt"))
+    if missing:
+        gc.collect()  # hooks and their model hold each other
+        torch.cuda.empty_cache()
+        run(plan, missing, done)
+
+
+def _run_here(
+    engine: FeatureEngine, plan: ShardPlan, shards: Mapping[int, list[Group]], done: Callable[[int], None]
+) -> None:
+    """Compute shards with ``engine``, or in worker processes of this machine; a :data:`Spread`."""
+    workers = min(plan.job.runtime.workers, len(shards))
+    if workers > 1:
+        for shard in compute_shards(shards, workers, _start_worker, (plan,)):
+            done(shard)
         return
-    arguments = (job, store.path, [g.prompt_id for g in groups], store.k, store.attributes, threads)
-    yield from compute_shards(slices, workers, _start_worker, arguments)
+    worker = Worker(plan.job, engine, GradientStore.join(plan.store))
+    for shard, groups in shards.items():
+        worker.write(shard, groups)
+        done(shard)
+
+
+def compute_shard(plan: ShardPlan, shard: int, groups: list[Group]) -> None:
+    """Compute and write one shard, in any process that reaches the directories of ``plan``.
+
+    The first call of a process loads the model, the next ones of the same plan find it.
+
+    Raises:
+        ArtifactError: The store is not there.
+        PolicyError: The policy cannot be loaded.
+        StepError: Memory ran out over a single completion.
+    """
+    _worker(plan).write(shard, groups)
 
 
 @contextmanager
@@ -182,19 +246,15 @@ class Worker:
         self.store.write_shard(shard, features, {"status": status, "tokens": tokens, **figures})
 
 
-def _start_worker(
-    job: Job, path: Path, ids: list[str], k: int, attributes: dict[str, Any], threads: int
-) -> Callable[[int, list[Group]], None]:
-    """Load what a process of :func:`cropi_core.shard_pool.compute_shards` needs."""
-    store = GradientStore.create(
-        path,
-        ids,
-        k=k,
-        dtype=job.projection.dtype,
-        rows_per_shard=job.layout.rows_per_shard,
-        attributes=attributes,
-    )
-    return Worker(job, load_engine(job, threads), store).write
+@lru_cache(maxsize=1)
+def _worker(plan: ShardPlan) -> Worker:
+    """Load what a process needs for the shards of one store."""
+    return Worker(plan.job, load_engine(plan.job, plan.threads), GradientStore.join(plan.store))
+
+
+def _start_worker(plan: ShardPlan) -> Callable[[int, list[Group]], None]:
+    """Set up a process of :func:`cropi_core.shard_pool.compute_shards`."""
+    return _worker(plan).write
 
 
 def summarise(store: GradientStore, attributes: dict[str, Any]) -> dict[str, Any]:

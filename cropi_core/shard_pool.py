@@ -92,11 +92,16 @@ def compute_shards(
             each.process.kill()
             _end(each)
     if state.faults:
-        named = "; ".join(f"shard {shard}: {fault}" for shard, fault in sorted(state.faults.items())[:5])
-        raise StepError(
-            f"{len(state.faults)} of {len(shards)} shards failed ({named}); the others are kept: mend the cause "
-            "(for a killed process lower runtime.workers or runtime.token_budget) and run the same command again"
-        )
+        raise shards_failed(state.faults, len(shards))
+
+
+def shards_failed(faults: Mapping[int, str], shards: int) -> StepError:
+    """Return the error of a call that could not compute all its shards: what is wrong with each of them."""
+    named = "; ".join(f"shard {shard}: {fault}" for shard, fault in sorted(faults.items())[:5])
+    return StepError(
+        f"{len(faults)} of {shards} shards failed ({named}); the others are kept: mend the cause "
+        "(for a killed process lower the number of workers or runtime.token_budget) and run the same command again"
+    )
 
 
 def _start(setup: Callable[..., Work], arguments: tuple[Any, ...], state: _State, shards: Any) -> _Process:

@@ -109,6 +109,7 @@ def gradients_step(work: Work) -> dict[str, Any]:
         dtype=settings["dtype"],
         runtime=work.runtime,
         report=work.report,
+        spread=work.spread,
     )
 
 

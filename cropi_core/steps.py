@@ -19,13 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from cropi_core.errors import CropiError, StepError
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.store import Store, artifact_key, content_digest, file_entries, is_full
 from data_schemas.config import Runtime
 from data_schemas.manifest import ArtifactRef, Kind, Manifest, StepName, StepSpec
+
+if TYPE_CHECKING:
+    from cropi_core.gradients import Spread  # it brings torch
 
 VERSIONS: dict[StepName, int] = {
     "prompts": 1,
@@ -63,6 +66,7 @@ class Work:
         out: Directory to fill; may hold the whole shards of an earlier attempt.
         runtime: Device, batch sizes and the like.
         report: Called with progress.
+        spread: Has gradient shards computed elsewhere.
     """
 
     spec: StepSpec
@@ -70,6 +74,7 @@ class Work:
     out: Path
     runtime: Runtime
     report: Report
+    spread: "Spread | None" = None
 
 
 def step_kind(step: StepName) -> Kind:
@@ -84,7 +89,13 @@ def step_key(spec: StepSpec) -> str:
 
 
 def run_step(
-    spec: StepSpec, store: Store, *, report: Report = silent, refresh: bool = False, claimed: bool = False
+    spec: StepSpec,
+    store: Store,
+    *,
+    report: Report = silent,
+    refresh: bool = False,
+    claimed: bool = False,
+    spread: "Spread | None" = None,
 ) -> StepResult:
     """Find or compute a step's artifact.
 
@@ -94,6 +105,7 @@ def run_step(
         report: Called with progress.
         refresh: Compute it again even if it is there.
         claimed: The caller holds the claim already: a step's own process, started by the one that took it.
+        spread: Has gradient shards computed elsewhere, as ``runtime.ray`` asks for.
 
     Raises:
         CropiError: The step failed; whole shards stay and the same call goes on from them.
@@ -110,18 +122,20 @@ def run_step(
         if runtime.mode == "subprocess":
             _run_subprocess(spec, store, runtime, report, claim)
         else:
-            _run_here(spec, store, runtime, report)
+            _run_here(spec, store, runtime, report, spread)
         return StepResult(store.manifest(key).ref, cached=False, seconds=time.monotonic() - start)
 
 
-def _run_here(spec: StepSpec, store: Store, runtime: Runtime, report: Report) -> None:
+def _run_here(
+    spec: StepSpec, store: Store, runtime: Runtime, report: Report, spread: "Spread | None"
+) -> None:
     key, start = step_key(spec), time.monotonic()
     store.sweep(key)
     out = store.workspace(key)
     resumed = any(out.iterdir())
     inputs = {name: store.require(ref) for name, ref in spec.inputs.items()}
     try:
-        summary = _function(spec.step)(Work(spec, inputs, out, runtime, report))
+        summary = _function(spec.step)(Work(spec, inputs, out, runtime, report, spread))
         entries = file_entries(out)
         manifest = Manifest(
             kind=step_kind(spec.step),

@@ -93,7 +93,8 @@ class Projection(Section):
     )
     form: Literal["folded", "factored", "uniform"] = Field(
         default="folded",
-        description="`folded` adds rows and columns up in groups, `factored` keeps some of them, `uniform` some coordinates.",
+        description="`folded` adds rows and columns up in groups, `factored` keeps some of them, "
+        "`uniform` some coordinates.",
     )
     min_side: int = Field(
         default=128, ge=1, description="`folded`: no side of a weight is folded to less than this."
@@ -165,6 +166,20 @@ class Evaluation(Section):
     seed: int = Field(default=1234, description="Not the rollouts' seed.")
 
 
+class Ray(Section):
+    """Gradient shards over a Ray cluster, through Prefect; part of no key."""
+
+    address: str | None = Field(
+        default=None,
+        pattern=r"^ray://[^\s/:]+:\d{1,5}$",
+        description="`ray://host:10001` of a cluster; empty: one on this machine, for the time of the step.",
+    )
+    workers: int = Field(default=2, ge=1, description="Shards at once; as many as the cluster has room for.")
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="Empty: one where the cluster has any and `device` is not `cpu`."
+    )
+
+
 class Runtime(Section):
     """What changes speed and place, never results beyond rounding; part of no key."""
 
@@ -178,6 +193,7 @@ class Runtime(Section):
     generation_rows: int = Field(default=256, ge=1, description="Sequences generated together.")
     token_budget: int = Field(default=8192, ge=1, description="Padded tokens of one gradient micro-batch.")
     workers: int = Field(default=1, ge=1, description="Processes computing gradient shards.")
+    ray: Ray | None = Field(default=None, description="Gradient shards on a Ray cluster instead.")
     train_micro_batch: int = Field(default=64, ge=1, description="Completions in one training forward.")
     save_steps: int = Field(default=5, ge=1, description="Training steps between checkpoints inside a stage.")
 
@@ -239,7 +255,7 @@ class Config(Section):
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "
                 f"diagnostics.spot_check={self.diagnostics.spot_check}: a correlation takes 3 prompts, better 100"
             )
-        return faults + self._wrong_names()
+        return faults + self._wrong_names() + self._wrong_ray()
 
     def _wrong_names(self) -> list[str]:
         """List set names that something else is called by."""
@@ -253,6 +269,28 @@ class Config(Section):
         if slots := {"pool", "spot"} & (set(self.data.validation) | set(self.data.test)):
             faults.append(
                 f"data names {sorted(slots)} are places of a run, such as rollouts/pool; take others"
+            )
+        return faults
+
+    def _wrong_ray(self) -> list[str]:
+        """List what cannot hold together with shards on Ray."""
+        runtime, faults = self.runtime, []
+        if runtime.ray is None:
+            return faults
+        if runtime.mode == "subprocess":
+            faults.append(
+                "runtime.mode=subprocess with runtime.ray: a step in its own process has no Prefect to reach the "
+                "cluster through; take in_process (the workers are processes of their own)"
+            )
+        if runtime.workers > 1:
+            faults.append(
+                f"runtime.workers={runtime.workers} with runtime.ray: the former is for one machine without Ray; set "
+                "runtime.ray.workers"
+            )
+        if runtime.device.startswith("cuda:"):
+            faults.append(
+                f"runtime.device={runtime.device} with runtime.ray: each worker sees the GPUs it was given, from "
+                "cuda:0 on; take auto or cuda"
             )
         return faults
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from data_schemas.config import Columns, Config, Sampling, Section, TableSource, WorldSource
+from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, WorldSource
 
 HEADER = """# Configuration
 
@@ -25,6 +25,7 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, Section):
             parts.append(_table(f"`{name}`", model))
     for title, model in [
+        ("`runtime.ray`", Ray),
         ("A world source (`kind: world`)", WorldSource),
         ("A table source (`kind: file` or `kind: hub`)", TableSource),
         ("`columns` of a table source", Columns),

@@ -7,12 +7,14 @@ says whether the artifact is still whole (:mod:`tasks.execution` does).
 """
 
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
 
+from cropi_core.errors import ConfigError
 from cropi_core.progress import Report, silent
 from cropi_core.steps import STEP_NAMES, run_step, step_key
 from cropi_core.store import Store
@@ -21,6 +23,8 @@ from tasks.progress import in_the_ui
 
 if TYPE_CHECKING:
     from prefect.context import TaskRunContext
+
+    from cropi_core.gradients import Spread
 
 RECORDS = ".prefect-results"
 """Directory of Prefect's records below a root."""
@@ -60,7 +64,22 @@ def make_artifact(spec: StepSpec, root: str, report: Report = silent, refresh: b
     """
     store = store_at(root)
     with in_the_ui(spec.slot, report) as both:
-        return run_step(spec, store, report=both, refresh=refresh).ref
+        return run_step(spec, store, report=both, refresh=refresh, spread=_spread(spec)).ref
+
+
+def _spread(spec: StepSpec) -> "Spread | None":
+    """Return what has a step's shards computed elsewhere, if its configuration asks for that.
+
+    Raises:
+        ConfigError: It asks for Ray, which is not installed.
+    """
+    if spec.step != "gradients" or spec.runtime.get("ray") is None:
+        return None
+    if find_spec("prefect_ray") is None:
+        raise ConfigError("runtime.ray needs prefect-ray, which is not installed: pip install 'cropi[ray]'")
+    from tasks.shards import on_ray  # Ray takes a second to import
+
+    return on_ray
 
 
 def step_task(step: StepName, root: str, *, refresh_record: bool) -> Task[..., ArtifactRef]:

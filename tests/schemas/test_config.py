@@ -79,6 +79,9 @@ CONTRADICTIONS = {
     "columns of the scores table": {"data": {"pool": WORLD, "validation": {"rank": WORLD}}},
     "places of a run": {"data": {"pool": WORLD, "validation": {"spot": WORLD}, "test": {"pool": WORLD}}},
     "needs a spot check": {"diagnostics": {"min_spot_correlation": 0.2}},
+    "has no Prefect": {"runtime": {"ray": {}, "mode": "subprocess"}},
+    "set runtime.ray.workers": {"runtime": {"ray": {}, "workers": 4}},
+    "take auto or cuda": {"runtime": {"ray": {}, "device": "cuda:1"}},
 }
 
 
