@@ -23,24 +23,24 @@ TEXT = """# What the projection keeps
 
 Made by `python benchmarks/precision_page.py` from `benchmarks/results/precision_*.json`, which
 `benchmarks/precision.py` measured. A prompt's score is the cosine of its gradient with the mean gradient of a
-validation set, once from whole gradients and once from features. *p@10 %*: the share of the best tenth by whole gradients that is
-in the best tenth by features. *ρ*: Spearman's rank correlation. *error*: standard deviation of the difference of the
-cosines. One seed of the projection a row; {prompts}.
+validation set, once from whole gradients and once from features. *p@10 %*: the share of the best tenth by whole
+gradients that is in the best tenth by features. *ρ*: Spearman's rank correlation. *error*: standard deviation of the
+difference of the cosines. One seed of the projection a row; {prompts}.
 
 ![Precision@10 % over density](precision.png)
 
 ## Which form
 
 * `uniform` keeps a random part p of the coordinates, as the paper does; each layer's whole gradient is formed for it.
-* `factored` keeps a part of the rows times a part of the columns, so only that block is formed. A few rows and columns of
-  a language model are much larger than the others, and are kept or left out whole: it is the least exact.
-* `folded` adds rows and columns up in groups with random signs and forms the block of the sums. It costs what `factored`
-  costs and loses no large row. It is the default, with no side folded below 128 (`min_side`): the error of a fold
-  depends on how many numbers it leaves, not on their share, so small layers keep most of themselves.
+* `factored` keeps a part of the rows times a part of the columns, so only that block is formed. A few rows and columns
+  of a language model are much larger than the others, and are kept or left out whole: it is the least exact.
+* `folded` adds rows and columns up in groups with random signs and forms the block of the sums. It costs what
+  `factored` costs and loses no large row. It is the default, with no side folded below 128 (`min_side`): the error of a
+  fold depends on how many numbers it leaves, not on their share, so small layers keep most of themselves.
 
-More density never hurt: the error of every form is least at p = 1. The paper reports a precision of 0.765 at best on 1.5 B
-and 0.82 on 3 B, and 0.135 when dense. Nothing of that fall is seen here, where offsets and counters have 64 bits; it looks
-like a fault of the kernel it was measured with (offsets past 2³² elements) and not like one of the method.
+More density never hurt: the error of every form is least at p = 1. The paper reports a precision of 0.765 at best on
+1.5 B and 0.82 on 3 B, and 0.135 when dense. Nothing of that fall is seen here, where offsets and counters have 64 bits;
+it looks like a fault of the kernel it was measured with (offsets past 2³² elements) and not like one of the method.
 """
 
 

@@ -63,6 +63,22 @@ def test_recorded_results_have_the_same_keys(name: str):
     assert result.keys() >= BENCHMARKS[name][1]
 
 
+def test_the_gpu_benchmark_runs_its_path_on_a_cpu(tmp_path: Path):
+    """Not measured on a GPU yet: what would be is kept working."""
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--tiny", "--repeats", "1", "--json", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["prompts_per_second"] > 0
+    assert 0 < result["share_of_matrix_rate"] < 1
+    assert result["machine"].keys() >= MACHINE
+
+
 def test_the_store_is_compared_with_a_memory_map_and_json_lines(tmp_path: Path):
     figures = run("store", tmp_path)["figures"]
     assert set(figures) == {"live", "dead"}
