@@ -8,22 +8,21 @@ progress reports are the clock. Nothing else is written, and what they trained i
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from cropi_core.calibration_files import checkpoint_bytes, rollout_lines, store_bytes
+from cropi_core.calibration_parts import Clock, EnoughError, lengths, packed, rate_of, shared, spread
 from cropi_core.gradients import compute
 from cropi_core.groups import OK, Group, batches, group_rollouts
 from cropi_core.influence import score
 from cropi_core.meter import Meter
-from cropi_core.plan import (
+from cropi_core.plan_terms import (
     Assumptions,
     Disk,
     Line,
@@ -37,7 +36,7 @@ from cropi_core.plan import (
 from cropi_core.policy import pick_device
 from cropi_core.progress import Progress
 from cropi_core.prompts import read_prompts, write_prompts
-from cropi_core.rollouts import collect, list_lengths, read_rollouts
+from cropi_core.rollouts import collect, read_rollouts
 from cropi_core.steps import provenance
 from cropi_core.tables import write_parquet
 from data_schemas.config import Config, Sampling
@@ -48,38 +47,13 @@ SHARDS = 5
 SAMPLING_BUDGET_S = 4.0
 """After this no other batch is begun."""
 
+TRAINING_BUDGET_S = 10.0
+"""After this no other step is taken, once two generation batches were used up."""
+
 TRAINING_CYCLES = 3
 """Generation batches of training; the first warms up."""
 
 Groups = dict[Source, list[Group]]
-
-
-class _EnoughError(Exception):
-    """Stops a step between two shards."""
-
-
-@dataclass
-class _Clock:
-    """A progress report that notes when it was called, and stops the step when its time is up."""
-
-    budget_s: float = math.inf
-    began: float = field(default_factory=time.monotonic)
-    marks: list[tuple[float, int]] = field(default_factory=list)
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        self.marks.append((now, progress.done))
-        if 0 < progress.done < progress.total and now - self.began > self.budget_s:
-            raise _EnoughError
-
-    def since_start(self) -> float:
-        """Return the seconds until the first report."""
-        return self.marks[0][0] - self.began
-
-    def laps(self) -> list[tuple[float, int, int]]:
-        """List what lies between two reports: seconds, and what was done before and after."""
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        return [(b[0] - a[0], a[1], b[1]) for a, b in pairs if b[1] > a[1]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +63,7 @@ class Measured:
     assumptions: Assumptions
     speeds: Speeds
     memory_of: str
+    memory_exact: bool
     seconds: float
 
 
@@ -125,7 +100,7 @@ class Calibration:
         sampled: dict[Source, tuple[pa.Table, Rate]] = {s: self._sample(s) for s in self.tables}
         least = self.config.objective.min_gradable
         groups: Groups = {source: group_rollouts(t, least) for source, (t, _) in sampled.items()}
-        sampling = _shared([rate for _, rate in sampled.values()])
+        sampling = shared([rate for _, rate in sampled.values()])
         sampling_memory = Line(self.rows["sampling"], self.rows["sampling_row"])
         gradients, gradient_memory, scores_s = self._gradients(groups)
         training = self._training(groups["pool"])
@@ -138,6 +113,7 @@ class Calibration:
             Assumptions(samples, self._disk(groups)),
             Speeds(imports_s, step_s, scores_s, sampling, gradients, training, memory),
             self.meter.of,
+            self.meter.exact,
             time.monotonic() - began,
         )
 
@@ -150,10 +126,10 @@ class Calibration:
         shard = min(shard, -(-self.tables[source].num_rows // SHARDS))
         path = self.folder / f"{source}.parquet"
         write_prompts(spread(self.tables[source], shard * SHARDS, SHARDS), path)
-        out, clock = self.folder / source, _Clock(SAMPLING_BUDGET_S)
+        out, clock = self.folder / source, Clock(SAMPLING_BUDGET_S)
         before = self.meter.now()
         self.meter.reset()
-        with contextlib.suppress(_EnoughError):  # the batches sampled so far are what is measured
+        with contextlib.suppress(EnoughError):  # the batches sampled so far are what is measured
             collect(
                 policy=self.policy,
                 policy_digest="calibration",
@@ -173,19 +149,7 @@ class Calibration:
             growth = max(0.0, self.meter.peak() - before)
             self.rows["sampling"], used = before, min(rows, shard * sampling.samples)
             self.rows["sampling_row"] = growth / used
-        return table, self._rate(clock, table, sampling.samples, tail)
-
-    @staticmethod
-    def _rate(clock: _Clock, table: pa.Table, samples: int, tail: float) -> Rate:
-        counts = list_lengths(table["completion_ids"]).tolist()
-        laps = clock.laps()
-        steady = laps[1:] or laps
-        token_s = sum(s for s, _, _ in steady) / sum(
-            sum(counts[a * samples : b * samples]) for _, a, b in steady
-        )
-        first = laps[0][0] - token_s * sum(counts[: laps[0][2] * samples])
-        start = clock.since_start() + (max(0.0, first) if len(laps) > 1 else 0.0)
-        return Rate(0.0, start, token_s + tail / sum(counts))
+        return table, rate_of(clock, table, sampling.samples, tail)
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
@@ -199,7 +163,7 @@ class Calibration:
         slopes = [line.per_row for _, line in found.values() if line.per_row > 0]
         if not all(any(g.status == OK for g in members) for members in groups.values()):
             return (
-                _shared([rate for rate, _ in found.values()]),
+                shared([rate for rate, _ in found.values()]),
                 Line(memory.fixed, max(slopes, default=0.0)),
                 0.0,
             )
@@ -209,12 +173,12 @@ class Calibration:
         score(train=paths[0], validation={"goal": paths[1]}, out=self.folder / "s.parquet", settings=settings)
         taken = time.monotonic() - start
         slope = found["validation"][1].per_row
-        return _shared([rate for rate, _ in found.values()]), Line(memory.fixed, slope), taken
+        return shared([rate for rate, _ in found.values()]), Line(memory.fixed, slope), taken
 
     def _gradients_of(self, source: Source, groups: list[Group]) -> tuple[Rate, Line]:
         layout = self.config.gradients
         layout = layout.model_copy(update={"rows_per_shard": layout.block_rows})
-        clock, loaded = _Clock(), []
+        clock, loaded = Clock(), []
 
         def report(progress: Progress) -> None:
             if not loaded:
@@ -238,12 +202,12 @@ class Calibration:
         )
         start = clock.since_start() + time.monotonic() - clock.marks[-1][0]
         laps = clock.laps()
-        steady = laps[1:] if sum(_packed(groups[a:b]) for _, a, b in laps[1:]) else laps
-        passed = sum(_packed(groups[a:b]) for _, a, b in steady)
+        steady = laps[1:] if sum(packed(groups[a:b]) for _, a, b in laps[1:]) else laps
+        passed = sum(packed(groups[a:b]) for _, a, b in steady)
         token_s = sum(s for s, _, _ in steady) / passed if passed else 0.0
         rows = 1 if layout.deterministic else layout.block_rows
         cuts = [[groups[i] for i in cut] for cut in batches(groups, rows, self.runtime.token_budget)]
-        largest = max((_packed(cut) for cut in cuts), default=0)
+        largest = max((packed(cut) for cut in cuts), default=0)
         _, before = loaded[0]
         growth = max(0.0, self.meter.peak() - before)
         return Rate(0.0, start, token_s), Line(before, growth / largest if largest else 0.0)
@@ -265,24 +229,25 @@ class Calibration:
         write_parquet(table, self.folder / "selection.parquet")
         steps = training.iterations * TRAINING_CYCLES
         few = {"steps": steps, "prompts_per_step": prompts, "warmup_steps": 0}
-        clock = _Clock()
+        clock = Clock(TRAINING_BUDGET_S, 2 * training.iterations)
         self.meter.reset()
-        train(
-            policy=self.policy,
-            reference=self.policy if training.beta > 0 else None,
-            prompts=self.folder / "pool.parquet",
-            selection=self.folder / "selection.parquet",
-            out=self.folder / "trained",
-            metrics=self.folder / "metrics.parquet",
-            scratch=self.folder / "scratch",
-            training=training.model_copy(update=few),
-            objective=self.config.objective,
-            grading=self.config.grading,
-            dtype=self.config.policy.dtype,
-            seed=self.config.seed,
-            runtime=self.runtime,
-            report=clock,
-        )
+        with contextlib.suppress(EnoughError):  # the steps taken so far are what is measured
+            train(
+                policy=self.policy,
+                reference=self.policy if training.beta > 0 else None,
+                prompts=self.folder / "pool.parquet",
+                selection=self.folder / "selection.parquet",
+                out=self.folder / "trained",
+                metrics=self.folder / "metrics.parquet",
+                scratch=self.folder / "scratch",
+                training=training.model_copy(update=few),
+                objective=self.config.objective,
+                grading=self.config.grading,
+                dtype=self.config.policy.dtype,
+                seed=self.config.seed,
+                runtime=self.runtime,
+                report=clock,
+            )
         save_s = time.monotonic() - clock.marks[-1][0]
         times = [at for at, _ in clock.marks]
         warm = training.iterations - 1
@@ -311,48 +276,6 @@ class Calibration:
             policy,
             trained,
         )
-
-
-def _packed(groups: Sequence[Group]) -> int:
-    return sum(group.packed for group in groups if group.status == OK)
-
-
-def _shared(rates: list[Rate]) -> dict[Source, Rate]:
-    """Split what the first call of a kind took beyond the second into what is paid once a process."""
-    pool, validation = rates
-    first = max(0.0, pool.start_s - validation.start_s)
-    return {
-        "pool": Rate(first, validation.start_s, pool.token_s),
-        "validation": Rate(first, validation.start_s, validation.token_s),
-    }
-
-
-def spread(table: pa.Table, wanted: int, shards: int) -> pa.Table:
-    """Take prompts at even distances from a table, each of ``shards`` parts from all of it."""
-    places = np.unique(np.linspace(0, table.num_rows - 1, min(wanted, table.num_rows)).round().astype(int))
-    return table.take(pa.array(np.concatenate([places[i::shards] for i in range(shards)])))
-
-
-def lengths(table: pa.Table, groups: Sequence[Group]) -> Sample:
-    """Describe sampled prompts.
-
-    Args:
-        table: Their rollouts.
-        groups: The same, grouped; completions that are not gradable are in the table only.
-    """
-    live = [group for group in groups if group.status == OK]
-
-    def mean(members: Sequence[Group]) -> float:
-        return sum(len(g.prompt) for g in members) / len(members) if members else 0.0
-
-    return Sample(
-        prompts=len(groups),
-        prompt_tokens=mean(groups),
-        lengths=tuple(int(n) for n in list_lengths(table["completion_ids"])),
-        live=len(live) / len(groups),
-        live_prompt_tokens=mean(live),
-        live_lengths=tuple(len(c) for g in live for c in g.completions),
-    )
 
 
 def facts(measured: Measured) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from data_schemas.config import Config
 
 if TYPE_CHECKING:
     from cropi_core.calibration import Measured
-    from cropi_core.plan import Assumptions, Estimate, Sample, Source
+    from cropi_core.plan_terms import Assumptions, Estimate, Sample, Source
     from cropi_core.rehearsal import Rehearsed
 
 COUNTED_PROMPTS = 500
@@ -27,7 +27,7 @@ def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> di
 
     Returns:
         ``run``, ``calibration`` (None without one), ``steps``, ``stages`` and ``totals`` with the fields of
-        :class:`cropi_core.plan.Estimate`, and ``notes``: what was assumed.
+        :class:`cropi_core.plan_terms.Estimate`, and ``notes``: what was assumed.
 
     Raises:
         CropiError: What the run itself would raise before it computes anything, or a measured step's.
@@ -35,6 +35,7 @@ def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> di
     start = time.monotonic()
     from cropi_core import plan
     from cropi_core.calibration import Calibration, facts
+    from cropi_core.plan_terms import Limits
     from cropi_core.rehearsal import rehearse
     from cropi_core.runs import run_id
     from cropi_core.store import Store
@@ -42,7 +43,7 @@ def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> di
     imports_s = time.monotonic() - start
     (folder / "store").mkdir()
     rehearsed = rehearse(config, Store(root), folder / "store")
-    limits = plan.Limits.of(config)
+    limits = Limits.of(config)
     measured: Measured | None = None
     if calibrated and any(work.origin == "computed" for work in rehearsed.works):
         (folder / "measured").mkdir()
@@ -74,9 +75,9 @@ def assumed(config: Config, rehearsed: "Rehearsed", limits: Any) -> "Assumptions
     """Assume the longest completions and a gradient for every prompt; only prompts are tokenised."""
     from transformers import AutoTokenizer
 
-    from cropi_core.calibration import spread
     from cropi_core.calibration_files import assumed_disk
-    from cropi_core.plan import Assumptions, Sample
+    from cropi_core.calibration_parts import spread
+    from cropi_core.plan_terms import Assumptions, Sample
     from cropi_core.policy import render
     from cropi_core.prompts import read_prompts
 
@@ -137,6 +138,10 @@ def notes(
             "sets are assumed to be like validation sets, what is trained on like the pool's prompts with a gradient"
         )
         said += _dead(config, samples)
+        if not measured.memory_exact:
+            said.append(
+                "this system does not forget peaks of memory: growth below an earlier peak was not seen"
+            )
     if config.stages > 1:
         said.append(
             "lengths and shares of prompts with a gradient of later stages are assumed equal to the first's"

@@ -11,7 +11,7 @@ import pytest
 from e2e import tiny
 
 from cropi_core import plan
-from cropi_core.plan import (
+from cropi_core.plan_terms import (
     Assumptions,
     Disk,
     Limits,
