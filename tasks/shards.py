@@ -157,6 +157,8 @@ def _cluster(settings: Ray, cpus: int) -> Iterator[None]:
             "call ray.shutdown() first"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # At every start it warns that a token is asked for, which is as it should be (docs/cluster.md).
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if settings.address is None:
         # "local": without it, RAY_ADDRESS or a cluster that somebody left on this machine would be taken.
         place: dict[str, Any] = {"address": "local", "num_cpus": settings.workers * cpus}
@@ -169,7 +171,8 @@ def _cluster(settings: Ray, cpus: int) -> Iterator[None]:
     except ConnectionError as error:
         raise StepError(
             f"no Ray cluster answers at runtime.ray.address={settings.address} ({error}): start it with `ray start "
-            "--head --ray-client-server-port=10001`, or leave the address out for one on this machine"
+            "--head`, set RAY_AUTH_MODE=token here if it asks for a token, or leave the address out for a cluster on "
+            "this machine"
         ) from error
     try:
         yield
