@@ -30,6 +30,7 @@ OPTIONAL = {
     "datasets": ("hub datasets", "train"),
     "prefect": ("`cropi run` and deployments", "flows"),
     "fastapi": ("the Prefect server of `cropi run`", "flows"),
+    "prefect-ray": ("`runtime.ray`", "ray"),
     "jinja2": ("`cropi report`", "report"),
     "matplotlib": ("figures of `cropi report`", "report"),
 }
