@@ -35,7 +35,7 @@ VERSIONS: dict[StepName, int] = {
     "policy": 1,
     "rollouts": 1,
     "gradients": 2,
-    "scores": 1,
+    "scores": 2,
     "diagnostics": 1,
     "selection": 1,
     "training": 1,
