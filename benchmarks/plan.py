@@ -5,15 +5,19 @@
 
 Both get a fresh root and a process of their own, one after the other; the run goes through
 `cropi_core.curriculum`, so that an orchestrator's time is in neither. Ratios are predicted / actual. On a machine that
-others use, times move between the two: `load` is the mean number of running processes before, between and after.
+others use, the same work takes another time a minute later: `load` is the mean number of running processes before,
+between and after, `wall_per_cpu` the seconds that each of the two took a second of its processor time, and
+`seconds_at_equal_load` the ratio of seconds with the run's divided by how much more of them it was made to wait.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +50,19 @@ print(json.dumps({"seconds": seconds, "steps": steps}))
 FIGURES = ("seconds", "peak_memory_bytes", "disk_bytes")
 
 
-def call(command: list[str], label: str) -> Any:
-    """Run a command that prints JSON."""
+def call(command: list[str], label: str) -> tuple[Any, float]:
+    """Run a command that prints JSON; returns it, and its seconds a second of processor time."""
+    start, before = time.monotonic(), _cpu_seconds()
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{label} failed with exit code {done.returncode}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout), (time.monotonic() - start) / (_cpu_seconds() - before)
+
+
+def _cpu_seconds() -> float:
+    """Return the processor time of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def compare(plan: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +103,10 @@ def report(result: dict[str, Any]) -> None:
             line += f"{text:>22}"
         print(line)
     print("predicted / actual: " + ", ".join(f"{n} {f['ratio']}" for n, f in result["totals"].items()))
-    print(f"calibration {result['calibration_s']:.1f} s, load {result['load']}")
+    print(
+        f"calibration {result['calibration_s']:.1f} s, load {result['load']}, wall / cpu {result['wall_per_cpu']}"
+    )
+    print(f"seconds at equal load: {result['seconds_at_equal_load']}")
 
 
 def main() -> None:
@@ -108,19 +122,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cropi-plan-") as folder:
         changes = [text for change in options.override for text in ("-o", change)]
         command = ["-m", "cropi_core", "plan", options.config, "--json", "--root", f"{folder}/root", *changes]
-        plan = call(command, "cropi plan")
+        plan, waits = call(command, "cropi plan")
         load.append(os.getloadavg()[0])
-        run = call(["-c", RUN, options.config, f"{folder}/root", *options.override], "the run")
+        run, waited = call(["-c", RUN, options.config, f"{folder}/root", *options.override], "the run")
         load.append(os.getloadavg()[0])
     result = {
         "machine": machine(),
         "config": options.config,
         "overrides": options.override,
         "load": [round(x, 1) for x in load],
+        "wall_per_cpu": {"plan": round(waits, 3), "run": round(waited, 3)},
         "calibration_s": plan["calibration"]["seconds"] + plan["calibration"]["imports_s"],
         "calibration": plan["calibration"],
         **compare(plan, run),
     }
+    ratio = result["totals"]["seconds"]["ratio"]
+    result["seconds_at_equal_load"] = round(ratio * waited / waits, 3)
     report(result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

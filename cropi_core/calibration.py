@@ -47,10 +47,10 @@ SHARDS = 5
 SAMPLING_BUDGET_S = 4.0
 """After this no other batch is begun."""
 
-TRAINING_BUDGET_S = 10.0
+TRAINING_BUDGET_S = 6.0
 """After this no other step is taken, once two generation batches were used up."""
 
-TRAINING_CYCLES = 3
+TRAINING_CYCLES = 6
 """Generation batches of training; the first warms up."""
 
 Groups = dict[Source, list[Group]]
