@@ -162,7 +162,7 @@ def _cluster(settings: Ray, cpus: int) -> Iterator[None]:
     if settings.address is None:
         # "local": without it, RAY_ADDRESS or a cluster that somebody left on this machine would be taken.
         place: dict[str, Any] = {"address": "local", "num_cpus": settings.workers * cpus}
-        place |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        place["include_dashboard"] = False
     else:
         _check_server(settings.address)
         place = {"address": settings.address}
