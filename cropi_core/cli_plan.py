@@ -3,8 +3,8 @@
     cropi plan configs/demo.yaml -o stages=3
     cropi plan my.yaml --root /data/run --json --no-calibration
 
-Thin: :mod:`cropi_core.prediction` puts together what :mod:`cropi_core.rehearsal` lists,
-:mod:`cropi_core.calibration` measures and :mod:`cropi_core.plan` adds.
+Thin: :mod:`cropi_core.planning.prediction` puts together what :mod:`cropi_core.planning.rehearsal` lists,
+:mod:`cropi_core.planning.calibration` measures and :mod:`cropi_core.planning.estimate` adds.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ def plan(
 ) -> None:
     """Predict what a run will cost: tokens, seconds, memory and disk, by step and stage."""
     from cropi_core.configuration import load_config
-    from cropi_core.prediction import predict
+    from cropi_core.planning.prediction import predict
 
     settings = load_config(config, override or [])
     with tempfile.TemporaryDirectory(prefix="cropi-plan-") as folder:

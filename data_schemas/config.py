@@ -191,7 +191,9 @@ class Runtime(Section):
         default=None, gt=0, description="`subprocess`: a step is stopped after this."
     )
     generation_rows: int = Field(default=256, ge=1, description="Sequences generated together.")
-    token_budget: int = Field(default=8192, ge=1, description="Tokens of one gradient pass; halved when memory runs out.")
+    token_budget: int = Field(
+        default=8192, ge=1, description="Tokens of one gradient pass; halved when memory runs out."
+    )
     workers: int = Field(default=1, ge=1, description="Processes computing gradient shards.")
     ray: Ray | None = Field(default=None, description="Gradient shards on a Ray cluster instead.")
     train_micro_batch: int = Field(default=64, ge=1, description="Completions in one training forward.")

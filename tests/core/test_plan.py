@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from e2e import tiny
 
-from cropi_core import plan
-from cropi_core.plan_terms import (
+from cropi_core.planning import estimate as plan
+from cropi_core.planning.prediction import predict
+from cropi_core.planning.terms import (
     Assumptions,
     Disk,
     Limits,
@@ -23,7 +24,6 @@ from cropi_core.plan_terms import (
     TrainingRate,
     Work,
 )
-from cropi_core.prediction import predict
 from cropi_core.store import Store
 
 ROW = {"slot", "stage", "origin", "tokens_generated", "tokens_passed", "seconds"} | {

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cropi_core.checkpoint import checkpoint_files
 from cropi_core.evaluation import evaluation_table
-from cropi_core.plan_terms import Disk, Limits, Line, Source
+from cropi_core.planning.terms import Disk, Limits, Line, Source
 from cropi_core.rollouts import read_rollouts
 from cropi_core.tables import write_parquet
 

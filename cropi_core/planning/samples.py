@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi_core.groups import OK, Group
-from cropi_core.plan_terms import Rate, Sample, Source
+from cropi_core.planning.terms import Rate, Sample, Source
 from cropi_core.progress import Progress
 from cropi_core.rollouts import list_lengths
 

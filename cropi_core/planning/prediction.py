@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from data_schemas.config import Config
 
 if TYPE_CHECKING:
-    from cropi_core.calibration import Measured
-    from cropi_core.plan_terms import Assumptions, Estimate, Sample, Source
-    from cropi_core.rehearsal import Rehearsed
+    from cropi_core.planning.calibration import Measured
+    from cropi_core.planning.rehearsal import Rehearsed
+    from cropi_core.planning.terms import Assumptions, Estimate, Sample, Source
 
 COUNTED_PROMPTS = 500
 """Prompts tokenised where nothing is sampled."""
@@ -27,16 +27,16 @@ def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> di
 
     Returns:
         ``run``, ``calibration`` (None without one), ``steps``, ``stages`` and ``totals`` with the fields of
-        :class:`cropi_core.plan_terms.Estimate`, and ``notes``: what was assumed.
+        :class:`cropi_core.planning.terms.Estimate`, and ``notes``: what was assumed.
 
     Raises:
         CropiError: What the run itself would raise before it computes anything, or a measured step's.
     """
     start = time.monotonic()
-    from cropi_core import plan
-    from cropi_core.calibration import Calibration, facts
-    from cropi_core.plan_terms import Limits
-    from cropi_core.rehearsal import rehearse
+    from cropi_core.planning import estimate as plan
+    from cropi_core.planning.calibration import Calibration, facts
+    from cropi_core.planning.rehearsal import rehearse
+    from cropi_core.planning.terms import Limits
     from cropi_core.runs import run_id
     from cropi_core.store import Store
 
@@ -75,9 +75,9 @@ def assumed(config: Config, rehearsed: "Rehearsed", limits: Any) -> "Assumptions
     """Assume the longest completions and a gradient for every prompt; only prompts are tokenised."""
     from transformers import AutoTokenizer
 
-    from cropi_core.calibration_files import assumed_disk
-    from cropi_core.calibration_parts import spread
-    from cropi_core.plan_terms import Assumptions, Sample
+    from cropi_core.planning.files import assumed_disk
+    from cropi_core.planning.samples import spread
+    from cropi_core.planning.terms import Assumptions, Sample
     from cropi_core.policy import render
     from cropi_core.prompts import read_prompts
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cropi_core.plan_terms import Assumptions, Estimate, Limits, Line, Memory, Sample, Speeds, Work
+from cropi_core.planning.terms import Assumptions, Estimate, Limits, Line, Memory, Sample, Speeds, Work
 
 SCORED_NUMBERS_PER_S = 5e8
 """Stored numbers that scoring reads a second; its steps are seconds where others are hours, so this is not measured."""

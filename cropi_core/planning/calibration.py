@@ -16,13 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from cropi_core.calibration_files import checkpoint_bytes, rollout_lines, store_bytes
-from cropi_core.calibration_parts import Clock, EnoughError, lengths, packed, rate_of, shared, spread
 from cropi_core.gradients import compute
 from cropi_core.groups import OK, Group, batches, group_rollouts
 from cropi_core.influence import score
-from cropi_core.meter import Meter
-from cropi_core.plan_terms import (
+from cropi_core.planning.files import checkpoint_bytes, rollout_lines, store_bytes
+from cropi_core.planning.meter import Meter
+from cropi_core.planning.samples import Clock, EnoughError, lengths, packed, rate_of, shared, spread
+from cropi_core.planning.terms import (
     Assumptions,
     Disk,
     Line,

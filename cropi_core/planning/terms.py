@@ -2,7 +2,7 @@
 
 A :class:`Work` says what a step will do, in counts; a :class:`Sample` how long prompts and completions are and how
 many prompts have a gradient; :class:`Disk` how large files are; :class:`Speeds` how fast this machine is. An
-:class:`Estimate` is what :mod:`cropi_core.plan` makes of them.
+:class:`Estimate` is what :mod:`cropi_core.planning.estimate` makes of them.
 """
 
 from collections.abc import Mapping

@@ -15,7 +15,7 @@ from typing import Any
 
 from cropi_core.checkpoint import resolve_checkpoint
 from cropi_core.curriculum import curriculum
-from cropi_core.plan_terms import Work
+from cropi_core.planning.terms import Work
 from cropi_core.runs import now
 from cropi_core.selection import subset_size
 from cropi_core.step_functions import CHECKPOINT, PROMPTS_FILE
