@@ -302,8 +302,11 @@ def main() -> None:
         if options.dense:
             found["dense_projection"] = compare_projections(policy)
         if options.peers:
-            found["bergson"] = bergson_tokens_per_second(options.peers, policy, rollouts)
-            found["dattri"] = dattri_tokens_per_second(options.peers, policy, rollouts)
+            same = (options.peers, policy, rollouts)
+            found["bergson"] = bergson_tokens_per_second(*same, limit=options.limit)
+            found["dattri"] = dattri_tokens_per_second(*same, limit=options.limit)
+            fastest = max(found[peer]["tokens_per_cpu_second"] for peer in ("bergson", "dattri"))
+            found["speedup_over_the_faster_program"] = found["tokens_per_cpu_second"] / fastest
     found["machine"] = machine()
     print(json.dumps(found, indent=1))
     if options.json:

@@ -249,11 +249,17 @@ def run_peer(python: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def bergson_tokens_per_second(
-    python: Path, policy: Path, rollouts: Path, *, k: int = 8192, token_budget: int = 2048
+    python: Path,
+    policy: Path,
+    rollouts: Path,
+    *,
+    k: int = 8192,
+    token_budget: int = 2048,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Measure bergson in the environment of ``python``; see :func:`bergson_features`, :func:`measure_peer`."""
     options = {"peer": "bergson", "policy": policy, "rollouts": rollouts, "k": k}
-    return run_peer(python, options | {"token_budget": token_budget})
+    return run_peer(python, options | {"token_budget": token_budget, "limit": limit})
 
 
 def dattri_tokens_per_second(
@@ -264,10 +270,11 @@ def dattri_tokens_per_second(
     k: int = 8192,
     token_budget: int = 2048,
     method: Method = "factgrass",
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Measure dattri in the environment of ``python``; see :func:`dattri_features`, :func:`measure_peer`."""
     options = {"peer": "dattri", "policy": policy, "rollouts": rollouts, "k": k, "method": method}
-    return run_peer(python, options | {"token_budget": token_budget})
+    return run_peer(python, options | {"token_budget": token_budget, "limit": limit})
 
 
 def main() -> None:
