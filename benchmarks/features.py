@@ -14,7 +14,6 @@ all parameters, logits of completion tokens alone. Its padding is taken off its 
 
 import argparse
 import json
-import resource
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -216,14 +215,15 @@ def _peak(kind: str, policy: Path, rollouts: Path, limit: int, budget: int, answ
         run = ordinary_pass(policy, budget, backward=False)
     else:
         run = engine_pass(make_job(policy, sampling_of(table), Projection(), budget))
-    before = _resident()
+    before = _status("VmRSS")
     run(groups)
-    answer.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    answer.send(max(0, _status("VmHWM") - before))
 
 
-def _resident() -> int:
+def _status(name: str) -> int:
+    """Read bytes of this process: VmRSS, what it holds, or VmHWM, the most it held; getrusage inherits that."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def memory(policy: Path, rollouts: Path, budget: int) -> dict[str, float]:
