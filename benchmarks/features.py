@@ -23,14 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
-from peers import bergson_tokens_per_second, dattri_tokens_per_second
+from machine import machine, write_figures
+from peers import run_peer
 from recipe import Stopwatch, compare_projections, released_recipe
 from torch import Tensor
 
+from cropi_core.diagnostics import agreement
 from cropi_core.features import FeatureEngine
 from cropi_core.group_features import Budget, Job, project_blocks
 from cropi_core.groups import OK, ZERO_VARIANCE, Group, group_rollouts
+from cropi_core.planning.meter import Meter
 from cropi_core.policy import load_policy
 from cropi_core.rollouts import read_rollouts, sampling_of
 from cropi_core.world import base_checkpoint
@@ -215,15 +217,11 @@ def _peak(kind: str, policy: Path, rollouts: Path, limit: int, budget: int, answ
         run = ordinary_pass(policy, budget, backward=False)
     else:
         run = engine_pass(make_job(policy, sampling_of(table), Projection(), budget))
-    before = _status("VmRSS")
+    meter = Meter(torch.device("cpu"))
+    meter.reset()
+    before = meter.now()
     run(groups)
-    answer.send(max(0, _status("VmHWM") - before))
-
-
-def _status(name: str) -> int:
-    """Read bytes of this process: VmRSS, what it holds, or VmHWM, the most it held; getrusage inherits that."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    answer.send(max(0.0, meter.peak() - before))
 
 
 def memory(policy: Path, rollouts: Path, budget: int) -> dict[str, float]:
@@ -259,13 +257,9 @@ def precision(prompts: int, budget: int) -> dict[str, Any]:
             rows[name] = np.stack([out[i] for i in range(len(groups))]).astype(np.float64)
     goal = [i for i, g in enumerate(groups) if g.prompt_id.startswith("reverse")][: prompts // 12]
     rest = [i for i in range(len(groups)) if i not in goal]
-    orders = {}
-    for name, x in rows.items():
-        target = x[goal].mean(0)
-        orders[name] = np.argsort(-(x[rest] @ target) / np.linalg.norm(x[rest], axis=1))
-    best = round(0.1 * len(rest))
-    shared = set(orders["features"][:best]) & set(orders["whole"][:best])
-    return {"precision_at_10": len(shared) / best, "precision_prompts": len(rest)}
+    scores = [x[rest] @ x[goal].mean(0) / np.linalg.norm(x[rest], axis=1) for x in rows.values()]
+    same = agreement(*scores, np.arange(len(rest)), 0.1)
+    return {"precision_at_10": same["overlap"], "precision_prompts": len(rest)}
 
 
 def main() -> None:
@@ -302,16 +296,14 @@ def main() -> None:
         if options.dense:
             found["dense_projection"] = compare_projections(policy)
         if options.peers:
-            same = (options.peers, policy, rollouts)
-            found["bergson"] = bergson_tokens_per_second(*same, limit=options.limit)
-            found["dattri"] = dattri_tokens_per_second(*same, limit=options.limit)
+            for peer in ("bergson", "dattri"):
+                asked = {"peer": peer, "policy": policy, "rollouts": rollouts, "limit": options.limit}
+                found[peer] = run_peer(options.peers, asked)
             fastest = max(found[peer]["tokens_per_cpu_second"] for peer in ("bergson", "dattri"))
             found["speedup_over_the_faster_program"] = found["tokens_per_cpu_second"] / fastest
     found["machine"] = machine()
     print(json.dumps(found, indent=1))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(found, options.json)
 
 
 if __name__ == "__main__":

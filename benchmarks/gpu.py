@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, write_figures
 from recipe import released_recipe
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -166,9 +166,7 @@ def main() -> None:
         parser.error("no CUDA device here; --tiny runs the same path on a CPU")
     found = measure(options)
     print(json.dumps(found, indent=1))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(found, options.json)
 
 
 if __name__ == "__main__":

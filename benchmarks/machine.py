@@ -7,6 +7,7 @@ Used by every script of this directory, so that their JSON files can be set side
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -37,6 +38,13 @@ def machine() -> dict[str, Any]:
         **versions,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    """Write a benchmark's figures as JSON where ``--json`` asks for it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def peak_memory_mb() -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from machine import machine
+from machine import machine, write_figures
 from recipe import Implementation, Stopwatch, compare_projections, live_groups, released_recipe
 from torch import Tensor
 
@@ -248,35 +248,6 @@ def run_peer(python: Path, options: dict[str, Any]) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def bergson_tokens_per_second(
-    python: Path,
-    policy: Path,
-    rollouts: Path,
-    *,
-    k: int = 8192,
-    token_budget: int = 2048,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Measure bergson in the environment of ``python``; see :func:`bergson_features`, :func:`measure_peer`."""
-    options = {"peer": "bergson", "policy": policy, "rollouts": rollouts, "k": k}
-    return run_peer(python, options | {"token_budget": token_budget, "limit": limit})
-
-
-def dattri_tokens_per_second(
-    python: Path,
-    policy: Path,
-    rollouts: Path,
-    *,
-    k: int = 8192,
-    token_budget: int = 2048,
-    method: Method = "factgrass",
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Measure dattri in the environment of ``python``; see :func:`dattri_features`, :func:`measure_peer`."""
-    options = {"peer": "dattri", "policy": policy, "rollouts": rollouts, "k": k, "method": method}
-    return run_peer(python, options | {"token_budget": token_budget, "limit": limit})
-
-
 def main() -> None:
     """Measure one peer, here or in the environment of ``--python``."""
     parser = argparse.ArgumentParser(
@@ -305,8 +276,7 @@ def main() -> None:
     if options.python or options.peer in ("released", "dense"):
         figures["machine"] = machine()  # not in a peer's environment, which lacks some of what it names
     print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(figures, options.json)
 
 
 if __name__ == "__main__":

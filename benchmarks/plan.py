@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import machine, write_figures
 
 RUN = """
 import json, sys, time
@@ -139,9 +139,7 @@ def main() -> None:
     ratio = result["totals"]["seconds"]["ratio"]
     result["seconds_at_equal_load"] = round(ratio * waited / waits, 3)
     report(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(result, options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ both orders are by the cosine with the validation set's mean gradient.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, write_figures
 from torch import Tensor
 
-from cropi_core.diagnostics import spearman
+from cropi_core.diagnostics import agreement
 from cropi_core.features import FeatureEngine
 from cropi_core.folding import Subset
 from cropi_core.group_features import Job, project_groups
@@ -126,22 +125,21 @@ def figures(rows: dict[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
     true = np.array([float(rows[f"true/{i}"]) for i in ids])
     features = np.stack([rows[f"train/{i}"] for i in ids])
     goals = np.stack([values for name, values in rows.items() if name.startswith("goal/")])
-    best = max(1, round(0.1 * len(ids)))
-    top = set(np.argsort(-true)[:best])
     found = []
     for j, (name, projection) in enumerate(projections(seed).items()):
         for k in KS:
             x = features[:, j].reshape(len(ids), k, -1).sum(-1).astype(np.float64)
             goal = goals[:, j].reshape(len(goals), k, -1).sum(-1).astype(np.float64).mean(0)
             scores = x @ goal / (np.linalg.norm(x, axis=1) * np.linalg.norm(goal))
+            same = agreement(true, scores, np.arange(len(ids)), 0.1)
             found.append(
                 {
                     "projection": name,
                     "form": projection.form,
                     "density": projection.density,
                     "k": k,
-                    "precision_at_10": len(top & set(np.argsort(-scores)[:best])) / best,
-                    "spearman": float(spearman(scores, true)),
+                    "precision_at_10": same["overlap"],
+                    "spearman": same["spearman"],
                     "error": float((scores - true).std()),
                 }
             )
@@ -193,9 +191,8 @@ def main() -> None:
                 **entry
             )
         )
-    if options.json:
-        about = {"prompts": len(live), "validation": len(goal), "machine": machine(), "figures": found}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    about = {"prompts": len(live), "validation": len(goal), "machine": machine(), "figures": found}
+    write_figures(about, options.json)
 
 
 def _last(group: Group, samples: int | None) -> Group:

@@ -17,7 +17,6 @@ validation set or a half of one (scoring also tells how far two halves of a set 
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from machine import machine, peak_memory_mb
+from machine import machine, peak_memory_mb, write_figures
 from numcodecs.zstd import Zstd
 
 from cropi_core.gradient_store import GradientStore
@@ -280,9 +279,7 @@ def main() -> None:
         "figures": figures,
     }
     report(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(result, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from machine import machine
+from machine import machine, write_figures
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from cropi_core.gradient_layout import CODEC, chunk_rows
@@ -213,9 +213,7 @@ def main() -> None:
         add_ratios(figures)
         result["figures"][pool] = figures
         report(f"{pool}: {options.rows} x {options.k} float16, store's codec {CODEC}", figures)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(result, options.json)
 
 
 if __name__ == "__main__":

@@ -226,15 +226,18 @@ def _subsets(
 
 
 def folds(name: str, m: int, n: int, projection: Projection, device: torch.device) -> tuple[Fold, Fold]:
-    """Fold each side to √p of itself, but none to less than ``min_side``; a vector is kept whole.
+    """Fold each side to the size that is due."""
+    left, right = folded_sizes(m, n, projection)
+    keys = [key64(what, projection.seed, name) for what in ("fold rows", "fold columns")]
+    return Fold.make(keys[0], m, left, device), Fold.make(keys[1], n, right, device)
+
+
+def folded_sizes(m: int, n: int, projection: Projection) -> tuple[int, int]:
+    """Return √p of each side, but none less than ``min_side``; a vector is kept whole.
 
     The error of a fold depends on how many numbers it leaves and not on their share, so short sides keep more.
     """
-
-    def fold_side(what: str, size: int) -> Fold:
-        wanted = max(projection.min_side, round(size * math.sqrt(projection.density)))
-        return Fold.make(key64(what, projection.seed, name), size, min(size, wanted), device)
-
     if n == 1:
-        return Fold.make(0, m, m, device), Fold.make(0, 1, 1, device)
-    return fold_side("fold rows", m), fold_side("fold columns", n)
+        return m, 1
+    left, right = (max(projection.min_side, round(side * math.sqrt(projection.density))) for side in (m, n))
+    return min(m, left), min(n, right)

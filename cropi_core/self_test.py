@@ -15,7 +15,7 @@ from cropi_core.counter import key64
 from cropi_core.errors import ProjectionError
 from cropi_core.features import FeatureEngine
 from cropi_core.packing import make_pack
-from cropi_core.projection import ParameterSketch, fold, folds
+from cropi_core.projection import ParameterSketch, fold, folded_sizes
 from data_schemas.config import Projection
 
 TOKENS = 8
@@ -128,8 +128,7 @@ def _check_coverage(sketches: dict[str, ParameterSketch], projection: Projection
         (m, n), kept = sketch.shape, sketch.cells.numel()
         wanted, step = projection.density * m * n, 1.0
         if projection.form == "folded":
-            left, right = folds(sketch.name, m, n, projection, torch.device("cpu"))
-            wanted = left.size * right.size
+            wanted = math.prod(folded_sizes(m, n, projection))
         elif sketch.left is not None and sketch.right is not None:
             # One row or column more or less is the finest step a factored subset can take.
             step = max(sketch.left.size, sketch.right.size)

@@ -1,6 +1,7 @@
 """Bytes of a run's artifacts, from those of a calibration or, without one, from the formats."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -64,13 +65,7 @@ def _in_float32(path: Path) -> int:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
-    numbers = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            count = 1
-            for side in entry["shape"]:
-                count *= side
-            numbers += count
+    numbers = sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     return 8 + length + 4 * numbers
 
 
