@@ -134,6 +134,39 @@ def lineage(
 
 
 @app.command()
+def diff(
+    one: Annotated[
+        str, typer.Argument(help="A selection: key, tag or RUN:slot, as in demo-1a2b3c4d:selection@1.")
+    ],
+    other: Annotated[str, typer.Argument(help="Another.")],
+    top: Annotated[int, typer.Option(min=0, help="How many who came and who went are listed.")] = 10,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two selections: overlap, rank correlation, who came and who went (JSON has all of them)."""
+    from cropi_core.selection_diff import selection_diff
+
+    found = selection_diff(Store(root), one, other)
+    if as_json:
+        print_json(found.as_json())
+        return
+    correlation = "none" if found.spearman is None else f"{found.spearman:.3f}"
+    rows = [
+        ("pools", f"{found.pools[0]} and {found.pools[1]} prompts, {found.common} in common"),
+        ("selected", f"{found.selected[0]} and {found.selected[1]}, {found.both} in common"),
+        ("Jaccard index", "none" if found.jaccard is None else f"{found.jaccard:.3f}"),
+        ("rank correlation", f"{correlation} (Spearman, of {found.scored} prompts scored in both)"),
+    ]
+    print_table(("what", "value"), rows)
+    for word, moved in (("came", found.came), ("went", found.went)):
+        typer.echo(f"\n{len(moved)} {word}" + (f", the best {top}:" if len(moved) > top else ""))
+        if moved[:top]:
+            columns = ("prompt", "source", "level", "rank before", "after")
+            lines = [(m.prompt_id, m.source, m.level, m.before, m.after) for m in moved[:top]]
+            print_table(columns, lines)
+
+
+@app.command()
 def verify(
     keys: Annotated[list[str] | None, typer.Argument(help="Keys or tags; default: all.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Set damaged artifacts aside.")] = False,
