@@ -10,6 +10,7 @@ from typing import Any
 
 from cropi_core.checks import check_grid
 from data_schemas.manifest import Manifest, RunRecord, StageCheck
+from tasks.pictures import Point, lines, picture
 from tasks.tables import code, escaped, markdown_table
 
 SHOWN_CHECKS = 6
@@ -30,7 +31,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class SlotSummary:
-    """One artifact of a run: ``seconds`` it took when it was made, ``spent`` in this run (0: cached)."""
+    """One artifact of a run: ``seconds`` it took when it was made, ``spent`` in this run (0: cached).
+
+    ``made_from`` lists its inputs: by the slot that names them in this run, else by key.
+    """
 
     slot: str
     step: str
@@ -39,6 +43,7 @@ class SlotSummary:
     origin: str
     seconds: float
     spent: float
+    made_from: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
     manifests = {slot: manifest(entry.ref.key) for slot, entry in record.slots.items()}
     tests = record.config["data"].get("test", {})
     pool = manifests.get("prompts/pool")
+    names = {entry.ref.key: slot for slot, entry in record.slots.items()}
     return RunSummary(
         run=record.run,
         status=record.status,
@@ -91,6 +97,7 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
                 origin=entry.origin,
                 seconds=manifests[slot].seconds,
                 spent=round(entry.seconds, 3),
+                made_from=[names.get(ref.key, ref.key) for ref in manifests[slot].inputs.values()],
             )
             for slot, entry in record.slots.items()
         ],
@@ -171,6 +178,14 @@ def accuracy_grid(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def accuracy_points(summary: RunSummary) -> dict[str, list[Point]]:
+    """List the points of the picture of accuracy, by set."""
+    points: dict[str, list[Point]] = {}
+    for row in summary.accuracy:
+        points.setdefault(row.set, []).append(Point(row.stage, row.accuracy, row.low, row.high))
+    return points
+
+
 def selection_grid(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
     """Lay the selection out with a row a source: its share of the pool and of each stage's subset."""
     stages = sorted(summary.selected)
@@ -185,6 +200,9 @@ def as_markdown(summary: RunSummary, root: str) -> str:
     parts = [f"# {escaped(summary.run)}: {summary.status}"]
     if summary.error:
         parts.append(f"**{escaped(summary.error)}**")
+    if summary.accuracy:
+        title = "Accuracy by stage, 95 % interval"
+        parts.append(picture(title, lines(title, accuracy_points(summary), "stage (0: the base policy)")))
     for title, (header, rows) in (
         ("Accuracy, 95 % interval", accuracy_grid(summary)),
         ("Share by source", selection_grid(summary)),
@@ -194,7 +212,20 @@ def as_markdown(summary: RunSummary, root: str) -> str:
             table = markdown_table([escaped(h) for h in header], [[escaped(c) for c in row] for row in rows])
             parts += [f"## {title}", table]
     parts += [f"- {escaped(note)}" for note in summary.notes[:50]]
-    rows = [[escaped(s.slot), s.origin, f"{s.seconds:.1f}", code(s.key)] for s in summary.slots[-50:]]
-    parts += ["## Artifacts", markdown_table(["slot", "origin", "seconds", "key"], rows)]
+    rows = [
+        [
+            escaped(s.slot),
+            s.origin,
+            f"{s.seconds:.1f}",
+            code(s.key),
+            escaped(", ".join(s.made_from)) or "–",
+        ]
+        for s in summary.slots[-50:]
+    ]
+    parts += ["## Artifacts", markdown_table(["slot", "origin", "seconds", "key", "made from"], rows)]
+    report = code(f"{root}/runs/{summary.run}.html")
+    parts.append(
+        f"Report: {report}, written at the end of `cropi run`, or by {code('cropi report ' + summary.run)}"
+    )
     parts.append(f"Files: {code(root)}")
     return "\n\n".join(parts) + "\n"

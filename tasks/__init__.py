@@ -1,1 +1,1 @@
-"""One thin Prefect task a step, and what the UI is shown of it. No mathematics, no file formats."""
+"""One thin Prefect task a step, and what the UI is shown of it. No mathematics."""

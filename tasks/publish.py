@@ -1,25 +1,23 @@
-"""Tasks that show a run in Prefect's UI, fed from manifests alone.
+"""Tasks that show a run in Prefect's UI, fed from the store.
 
 They are never cached: a step that came from the cache runs no code of its own, so what shows it has to be
-another task. Every step's table holds one row a slot and is published again, under the same key, as the run
-goes on.
+another task. Every step's page has pictures and one row a slot, and is published again, under the same
+key, as the run goes on.
 """
 
-from typing import Any
-
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from data_schemas.manifest import StepName
 from tasks.steps import store_at
-from tasks.tables import step_rows
+from tasks.views import Shown, view
 
 KEYS: dict[StepName, str] = {
     step: f"cropi-{step}"
     for step in ("rollouts", "gradients", "scores", "diagnostics", "selection", "training", "evaluation")
 }
-"""Key of a step's table in the UI."""
+"""Key of a step's page in the UI."""
 RUN_KEY = "cropi-run"
 SHOW_RUN = "show run"
 """Name of the last task run of every run."""
@@ -35,15 +33,11 @@ def publish(step: StepName, root: str, slots: list[dict[str, str]]) -> None:
         slots: `slot`, `key` and `origin` of each artifact, in the order they were made.
     """
     store = store_at(root)
-    rows: list[dict[str, Any]] = [
-        row
+    shown = [
+        Shown(entry["slot"], entry["origin"], store.manifest(entry["key"]), store.path(entry["key"]))
         for entry in slots
-        for row in step_rows(step, entry["slot"], entry["origin"], store.manifest(entry["key"]))
     ]
-    files = f"`{store.path(slots[-1]['key'])}`"
-    create_table_artifact(
-        rows[-50:], key=KEYS[step], description=f"Newest row last. Files of the last: {files}"
-    )
+    create_markdown_artifact(view(step, shown), key=KEYS[step], description="Newest row last.")
 
 
 @task(task_run_name=SHOW_RUN, cache_policy=NO_CACHE, persist_result=False)

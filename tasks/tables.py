@@ -48,9 +48,20 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+        rounded = float(f"{value:.5g}")  # the largest floats round to infinity
+        return rounded if math.isfinite(rounded) else str(value)
     text = " ".join(str(value).split())
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def figure(value: Any) -> str:
+    """Write a number of a table: four digits, a dash for none; a text is escaped."""
+    if value is None:
+        return "–"
+    value = plain(value)
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−")
+    return escaped(value)
 
 
 def escaped(value: Any) -> str:

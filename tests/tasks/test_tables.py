@@ -31,7 +31,7 @@ def manifest(kind: str, step: str, summary: dict) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    "value", [np.float32(0.5), np.int64(3), np.bool_(True), math.nan, math.inf, -math.inf, "x"]
+    "value", [np.float32(0.5), np.int64(3), np.bool_(True), math.nan, math.inf, -math.inf, 1.79765e308, "x"]
 )
 def test_every_cell_is_json_without_nan(value):
     json.dumps(plain(value), allow_nan=False)
