@@ -38,8 +38,8 @@ from cropi_core.rollouts import read_rollouts, sampling_of
 from cropi_core.world import base_checkpoint
 from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
 
-FORMS = {"": Projection(), "_factored": Projection(form="factored", density=0.1)}
-"""What users get, and the subset of rows and columns, by the ending of their figures' names."""
+FORMS = {"": Projection(k=8192), "_factored": Projection(k=8192, form="factored", density=0.1)}
+"""The default form, and the subset of rows and columns, by the ending of their figures' names; k as the peers' is."""
 
 
 def embedded_rollouts(out: Path, prompts: int) -> Path:
@@ -180,6 +180,7 @@ def speed(policy: Path, rollouts: Path, limit: int | None, budget: int, repeats:
     padded = sum(ids.numel() for ids, _, _ in padded_batches(groups, budget))
     ordinary = watches["ordinary"].cpu_seconds * tokens / padded
     found: dict[str, Any] = {
+        "k": 8192,
         "prompts": len(groups),
         "tokens": tokens,
         "packed_tokens": sum(g.packed for g in groups),

@@ -190,11 +190,14 @@ class Curriculum:
     def _gradients(
         self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
     ) -> dict[str, ArtifactRef]:
-        config = self.config
+        config, projection = self.config, self.config.projection
+        if projection.preconditioner == "adam" and policy == self.record.slots["policy@0"].ref:
+            # No stage has trained the base yet, so it has no moments.
+            projection = projection.model_copy(update={"preconditioner": "none"})
         settings = {
             "dtype": config.policy.dtype,
             "objective": config.objective.model_dump(),
-            "projection": config.projection.model_dump(),
+            "projection": projection.model_dump(),
             "layout": config.gradients.model_dump(),
             "max_new_tokens": config.training.sampling.max_new_tokens,
         }

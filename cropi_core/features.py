@@ -9,7 +9,7 @@ Every parameter that trains must be seen: linear layers, embeddings, tied heads 
 low-rank adapters, and modules that are elementwise affine in their vectors (norms). Anything else is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -42,12 +42,15 @@ class _Pass:
 class FeatureEngine:
     """Projected gradients of one model. Its parameters are frozen, and hooks stay on it until :meth:`close`."""
 
-    def __init__(self, model: PreTrainedModel, projection: Projection) -> None:
+    def __init__(
+        self, model: PreTrainedModel, projection: Projection, metric: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Plan the sketches and place the hooks.
 
         Args:
             model: A causal language model in evaluation mode, or one that PEFT has put adapters on.
             projection: The choices.
+            metric: See :func:`cropi_core.projection.build_sketches`; layers' gradients are then formed whole.
 
         Raises:
             ProjectionError: A parameter that trains lies in a module no hook understands.
@@ -58,7 +61,7 @@ class FeatureEngine:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.left_out = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         shapes = {name: tuple(p.shape) for name, p in trained.items()}
-        self.sketches = build_sketches(shapes, projection, self.model.device)
+        self.sketches = build_sketches(shapes, projection, self.model.device, metric)
         self.k = dimension(self.sketches, projection)
         self._names = {id(p): name for name, p in trained.items()}
         self._pass: _Pass | None = None

@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cropi_core.features import FeatureEngine
 from cropi_core.gradient_store import GradientStore
 from cropi_core.group_features import Budget, Job, project_blocks
 from cropi_core.groups import NOT_FINITE, OK, Group, group_rollouts
+from cropi_core.moments import load_metric
 from cropi_core.policy import load_policy
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.rollouts import read_rollouts, sampling_of
@@ -134,14 +135,18 @@ def load_engine(job: Job, threads: int) -> FeatureEngine:
     torch.set_num_threads(1 if job.layout.deterministic else threads)
     model, _ = load_policy(job.policy, job.dtype, job.runtime.device, attention="eager")
     expected = plain_logprobs(model)
-    engine = FeatureEngine(model, job.projection)
+    metric = None
+    if job.projection.preconditioner == "adam":
+        metric = load_metric(job.policy, job.projection.damping, model.device)
+    engine = FeatureEngine(model, job.projection, metric)
     check_reading(engine, expected)
     return engine
 
 
 def _describe(job: Job, engine: FeatureEngine, policy_digest: str, table: pa.Table) -> dict[str, Any]:
     """Test the projection, and say what the features will be."""
-    tested = self_test(engine.sketches, job.projection, engine.model.device)
+    plain = {name: replace(sketch, metric=None) for name, sketch in engine.sketches.items()}
+    tested = self_test(plain, job.projection, engine.model.device)
     metadata = table.schema.metadata or {}
     return {
         "projection": job.projection.model_dump(mode="json"),

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from cropi_core.errors import ProjectionError
 
-PIECE_BYTES = 64 << 20
-"""Bytes of the float32 logits of a piece."""
+PIECE_BYTES = 256 << 20
+"""Bytes of the float32 logits of a piece. A prompt that needs more goes through the vocabulary twice."""
 
 Weigh = Callable[[range, Tensor, Tensor], Tensor]
 """Weights c of the tokens of some prompts, from their log-probabilities and entropies; all are (tokens,)."""
@@ -145,9 +145,10 @@ class Head:
                 capped = torch.tanh(logits / self.softcap)
                 logits, slope = capped * self.softcap, 1 - capped.square()
             logits.div_(temperature)
-            logits.sub_(logits.logsumexp(-1, keepdim=True))
-            chosen = logits.gather(1, targets[:, None])[:, 0]
-            probabilities = logits.exp()
+            logprobs = logits.log_softmax(-1)  # one pass of a fused kernel; logsumexp makes four
+            normalizer = logits[:, 0] - logprobs[:, 0]
+            chosen = logprobs.gather(1, targets[:, None])[:, 0]
+            probabilities = logprobs.exp_()
             # einsum and not a product: without a third tensor of this size; 0 · −inf does not occur in float32 logits.
-            entropy = -torch.einsum("tv,tv->t", probabilities, logits)
+            entropy = normalizer - torch.einsum("tv,tv->t", probabilities, logits)
         return chosen, entropy, probabilities, slope

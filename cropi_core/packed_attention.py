@@ -98,10 +98,14 @@ def _attend(
     queries = gather(q, rows.query, shapes[0])
     keys, values = gather(k, rows.keys, shapes[1]), gather(v, rows.keys, shapes[2])
     repeat = shapes[0][0] // shapes[1][0]
-    if repeat > 1:
+    # The CPU's kernel reads shared keys as they are; with a mask no kernel of a GPU does.
+    shared = repeat > 1 and softcap is None and q.device.type == "cpu"
+    if repeat > 1 and not shared:
         keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
     if softcap is None:
-        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=shared
+        )
     else:
         products = (queries @ keys.transpose(2, 3)) * scale
         products = (softcap * torch.tanh(products / softcap)).float().masked_fill(~mask, float("-inf"))

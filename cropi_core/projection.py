@@ -13,7 +13,8 @@ Three forms of S for a weight of shape (m, n), all at density p; δ is the gradi
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -37,6 +38,7 @@ class ParameterSketch:
         cells: (kept,) int32: bucket of each number that is kept, plus k when its sign is negative.
         left: What S does to the m rows, right: to the n columns; None for ``uniform`` and for ``kind=none``.
         kept: (kept,) kept flat coordinates, sorted; None unless uniform.
+        metric: (m, n) float32, what each coordinate is multiplied by before all else; None for 1.
         scale: Makes ‖φ‖² unbiased: sqrt(m·n / kept) where coordinates are left out, 1 where they are folded.
     """
 
@@ -49,6 +51,7 @@ class ParameterSketch:
     right: Side | None
     kept: Tensor | None
     scale: float
+    metric: Tensor | None = None
 
     @property
     def coverage(self) -> float:
@@ -57,11 +60,11 @@ class ParameterSketch:
 
     def reduce_left(self, x: Tensor) -> Tensor:
         """Return what :meth:`add_outer` needs of (tokens, m), as small as it can be kept."""
-        return x if self.left is None else self.left.reduce(x)
+        return x if self.left is None or self.metric is not None else self.left.reduce(x)
 
     def reduce_right(self, x: Tensor) -> Tensor:
         """Return what :meth:`add_outer` needs of (tokens, n), as small as it can be kept."""
-        return x if self.right is None else self.right.reduce(x)
+        return x if self.right is None or self.metric is not None else self.right.reduce(x)
 
     def add_outer(self, left: Tensor, right: Tensor, bounds: list[int], out: Tensor) -> None:
         """Add the sketch of Σ_t left_t rightᵀ_t over the tokens of every prompt.
@@ -74,7 +77,10 @@ class ParameterSketch:
         """
         left, right = left.float(), right.float()
         for p, (begin, end) in enumerate(pairwise(bounds)):
-            block = (left[begin:end].T @ right[begin:end]).flatten()
+            block = left[begin:end].T @ right[begin:end]
+            if self.metric is not None:
+                block = self._reduce_block(block * self.metric)
+            block = block.flatten()
             if self.kept is not None:
                 block = block.index_select(0, self.kept)
             self._add(block, out[p])
@@ -92,6 +98,8 @@ class ParameterSketch:
             unique, inverse = indices[begin:end].unique(return_inverse=True)
             summed = torch.zeros(len(unique), values.shape[1], device=values.device)
             summed.index_add_(0, inverse, values[begin:end].float())
+            if self.metric is not None:
+                summed *= self.metric[unique]
             self._add_some_rows(unique, summed, out[p])
 
     def add_vector(self, values: Tensor, out: Tensor) -> None:
@@ -101,9 +109,16 @@ class ParameterSketch:
             values: (prompts, m).
             out: (prompts, width) accumulator.
         """
-        values = values.float() if self.left is None else self.left.reduce(values.float())
+        values = values.float() if self.metric is None else values.float() * self.metric[:, 0]
+        values = values if self.left is None else self.left.reduce(values)
         for p in range(values.shape[0]):
             self._add(values[p] if self.kept is None else values[p].index_select(0, self.kept), out[p])
+
+    def _reduce_block(self, block: Tensor) -> Tensor:
+        """Do to a whole gradient (m, n) what is done to its two factors where no metric is between them."""
+        if self.left is None or self.right is None:
+            return block
+        return self.left.reduce(self.right.reduce(block).T).T
 
     def _add(self, block: Tensor, out: Tensor) -> None:
         """Add (kept,) numbers to one prompt's buckets."""
@@ -153,7 +168,10 @@ def dimension(sketches: dict[str, ParameterSketch], projection: Projection) -> i
 
 
 def build_sketches(
-    shapes: dict[str, tuple[int, ...]], projection: Projection, device: torch.device
+    shapes: dict[str, tuple[int, ...]],
+    projection: Projection,
+    device: torch.device,
+    metric: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ParameterSketch]:
     """Plan the projection of every parameter.
 
@@ -161,10 +179,12 @@ def build_sketches(
         shapes: Shape of each parameter that trains, by name; one or two dimensions.
         projection: The choices.
         device: Where the indices live; their values do not depend on it.
+        metric: What the coordinates of each parameter are multiplied by, in its shape; 1 when None.
 
     Raises:
-        ProjectionError: A parameter has more than two dimensions.
+        ProjectionError: A parameter has more than two dimensions, or the metric is of other parameters.
     """
+    _check_metric(shapes, metric)
     sketches, offset = {}, 0
     for name, shape in shapes.items():
         if not 1 <= len(shape) <= 2:
@@ -173,9 +193,27 @@ def build_sketches(
                 "a mixture of experts are not)"
             )
         m, n = shape[0], shape[1] if len(shape) == 2 else 1
-        sketches[name] = _sketch(name, m, n, offset, projection, device)
+        sketch = _sketch(name, m, n, offset, projection, device)
+        sketches[name] = replace(sketch, metric=metric[name].view(m, n)) if metric else sketch
         offset += m * n if projection.kind == "none" else 0
     return sketches
+
+
+def _check_metric(shapes: dict[str, tuple[int, ...]], metric: Mapping[str, Tensor] | None) -> None:
+    """Compare the parameters of a metric with those that train.
+
+    Raises:
+        ProjectionError: They differ; names the first ones.
+    """
+    if metric is None:
+        return
+    own = {name: tuple(values.shape) for name, values in metric.items()}
+    if wrong := sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name)):
+        name = wrong[0]
+        raise ProjectionError(
+            f"the second moments are of other parameters than those that train: {len(wrong)} differ, such as {name} "
+            f"with {own.get(name, 'none')} moments for {shapes.get(name, 'no')} numbers; they must be of this policy"
+        )
 
 
 def _sketch(

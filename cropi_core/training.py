@@ -36,6 +36,7 @@ from cropi_core.grpo import (
     file_sizes,
     trainer_arguments,
 )
+from cropi_core.moments import save_moments, second_moments
 from cropi_core.policy import load_policy, pick_device
 from cropi_core.progress import Report
 from cropi_core.prompts import read_prompts
@@ -119,6 +120,9 @@ def train(
             ) from error
         model.config, model.generation_config = original  # TRL wrote its pad token and a path into them
         save_trained(model, policy, out)
+        if training.second_moments:
+            assert isinstance(trainer.optimizer, torch.optim.Optimizer)
+            save_moments(second_moments(model, trainer.optimizer), out)
     table = metrics_table(trainer.state.log_history)
     write_parquet(table, metrics)
     if not keep_scratch:

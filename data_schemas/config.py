@@ -87,7 +87,7 @@ class Projection(Section):
     """Gradient to feature."""
 
     kind: Literal["sjlt", "none"] = "sjlt"
-    k: int = Field(default=8192, ge=16, le=1 << 20, description="Dimensions of a feature.")
+    k: int = Field(default=32768, ge=16, le=1 << 20, description="Dimensions of a feature.")
     density: float = Field(
         default=0.1, gt=0, le=1, description="Numbers kept, as a share of the coordinates."
     )
@@ -98,6 +98,13 @@ class Projection(Section):
     )
     min_side: int = Field(
         default=128, ge=1, description="`folded`: no side of a weight is folded to less than this."
+    )
+    preconditioner: Literal["none", "adam"] = Field(
+        default="none",
+        description="`adam`: gradients in the metric of Adam's second moments, from the second stage on.",
+    )
+    damping: float = Field(
+        default=0.1, gt=0, description="`adam`: least root of a second moment, as a share of the parameter's."
     )
     seed: int = 0
     dtype: Literal["float16", "float32"] = "float16"
@@ -148,6 +155,10 @@ class Training(Section):
     optimizer: Literal["adamw"] = "adamw"
     optimizer_state: Literal["fresh"] = Field(
         default="fresh", description="Moments start at zero every stage."
+    )
+    second_moments: bool = Field(
+        default=False,
+        description="Keep Adam's second moments with the policy; `projection.preconditioner: adam` needs them.",
     )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -252,6 +263,12 @@ class Config(Section):
             faults.append(f"selection.strategy=full takes everything; ratio={self.selection.ratio} must be 1")
         if self.projection.kind == "none" and self.projection.dtype == "float16":
             faults.append("projection.kind=none is for exact checks; set projection.dtype=float32")
+        adam = self.projection.preconditioner == "adam" and self.needs_gradients
+        if adam and not self.training.second_moments:
+            faults.append(
+                "projection.preconditioner=adam needs training.second_moments=true: each stage reads the moments of "
+                "the one before"
+            )
         if self.diagnostics.min_spot_correlation is not None and self.diagnostics.spot_check < 3:
             faults.append(
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "

@@ -23,6 +23,30 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
         {"tokens", "packed_tokens", "ratio_to_forward_backward", "speedup_over_released_recipe"}
         | {"precision_at_10", "peak_over_forward", "time_over_live_alone", "live_share", "cpu_seconds"},
     ),
+    "embedded": (
+        ["--prompts", "60", "--repeats", "1"],
+        {
+            "ms_a_prompt",
+            "limit_ms",
+            "share_of_limit",
+            "speedup_over_released_recipe",
+            "speedup_over_completion_loop",
+        }
+        | {"speedup_over_recipe_and_dense", "bfloat16", "prompts", "k"},
+    ),
+    "plan": (
+        ["-o", "stages=1", "-o", "training.steps=2"],
+        {
+            "config",
+            "overrides",
+            "load",
+            "wall_per_cpu",
+            "calibration",
+            "steps",
+            "totals",
+            "seconds_at_equal_load",
+        },
+    ),
     "store": (["--rows", "40", "--k", "64", "--repeats", "1"], {"rows", "k", "figures"}),
 }
 

@@ -192,7 +192,8 @@ class Calibration:
             rollouts=self.folder / source,
             out=self.folder / f"{source}.zarr",
             objective=self.config.objective,
-            projection=self.config.projection,
+            # The base has no moments: later stages with `adam` take longer than what is measured here.
+            projection=self.config.projection.model_copy(update={"preconditioner": "none"}),
             layout=layout,
             dtype=self.config.policy.dtype,
             policy_digest="calibration",
@@ -260,7 +261,7 @@ class Calibration:
         lines: dict[Source, tuple[Line, Line]] = {
             source: rollout_lines(self.folder / source, self.folder) for source in groups
         }
-        policy, trained = checkpoint_bytes(self.policy)
+        policy, trained = checkpoint_bytes(self.policy, moments=self.config.training.second_moments)
         features, columns = 0.0, Line(0.0, 0.0)
         if self.config.needs_gradients:
             live: dict[Source, int] = {

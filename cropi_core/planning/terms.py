@@ -176,6 +176,7 @@ class Limits:
     generation_rows: int
     token_budget: int
     save_steps: int
+    second_moments: bool
     subprocess: bool
 
     @classmethod
@@ -191,6 +192,7 @@ class Limits:
             generation_rows=runtime.generation_rows,
             token_budget=runtime.token_budget,
             save_steps=runtime.save_steps,
+            second_moments=config.training.second_moments,
             subprocess=runtime.mode == "subprocess",
         )
 

@@ -191,3 +191,17 @@ def test_a_dead_worker_is_replaced_once_and_then_an_error(own_copy, times, caplo
         killer.join()
     assert "it is computed again" in caplog.text
     assert digests(go(config, root))["gradients/pool@1"] == digests(record)["gradients/pool@1"]
+
+
+def test_later_stages_read_the_gradients_in_the_metric_of_the_stage_before(own_copy):
+    """The base has no moments: stage 1 is as without, and a run with `adam` shares it."""
+    root, _ = own_copy
+    training = {"second_moments": True}
+    plain = go(tiny(training=training), root)
+    record = go(tiny(training=training, projection={"preconditioner": "adam"}), root)
+    same = {slot for slot, digest in digests(plain).items() if digests(record).get(slot) == digest}
+    assert {"gradients/pool@1", "scores@1", "policy@1"} <= same
+    changed = {"gradients/pool@2", "gradients/goal@2", "scores@2"}
+    assert changed <= computed(record)
+    used = [Store(root).manifest(record.slots[f"gradients/pool@{m}"].ref).settings for m in (1, 2)]
+    assert [s["projection"]["preconditioner"] for s in used] == ["none", "adam"]
