@@ -4,6 +4,7 @@ A policy is a Hugging Face checkpoint directory. Checkpoints are untrusted: weig
 remote code is never run, symbolic links and pickles are left behind.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def load_policy(
         directory: Checkpoint directory.
         dtype: ``float32`` or ``bfloat16``.
         device: See :func:`pick_device`.
-        attention: Attention implementation of transformers.
+        attention: Attention implementation of transformers; ``eager`` in any case where attention has a soft cap.
 
     Raises:
         PolicyError: The weights do not fill the model, or the tokenizer has no end-of-sequence token.
@@ -90,7 +91,7 @@ def load_policy(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation="eager" if _soft_cap(directory) else attention,
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -110,6 +111,13 @@ def load_policy(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # never read: padding is masked everywhere by lengths
     return model.to(pick_device(device)).eval(), tokenizer
+
+
+def _soft_cap(directory: Path) -> bool:
+    """Say whether attention has a soft cap (Gemma 2), which transformers has in its eager implementation alone."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    return bool(text.get("attn_logit_softcapping"))
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:

@@ -9,7 +9,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import shutil
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cropi_core.errors import CropiError, StepError
 from cropi_core.progress import Progress, Report, silent
+from cropi_core.resident import peak_resident
 from cropi_core.store import Store, artifact_key, content_digest, file_entries, is_full
 from data_schemas.config import Runtime
 from data_schemas.manifest import ArtifactRef, Kind, Manifest, StepName, StepSpec
@@ -277,7 +277,7 @@ def provenance() -> dict[str, Any]:
         "git_revision": git.stdout.strip() or None,
         "host": socket.gethostname(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": int(peak_resident()),
     }
 
 

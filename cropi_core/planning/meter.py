@@ -1,12 +1,12 @@
 """The peak of memory between two moments: of this process, or of the GPU it computes on."""
 
-import resource
-import sys
 from pathlib import Path
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from cropi_core.resident import peak_resident, resident
+
+CLEAR = Path("/proc/self/clear_refs")
 
 
 class Meter:
@@ -29,13 +29,13 @@ class Meter:
         """Return the bytes in use."""
         if self.device.type == "cuda":
             return float(torch.cuda.memory_allocated(self.device))
-        return _status("VmRSS") if STATUS.exists() else _largest()
+        return resident()
 
     def peak(self) -> float:
         """Return the most that was in use since the last reset, in bytes."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device))
-        return _status("VmHWM") if STATUS.exists() else _largest()
+        return peak_resident()
 
     def reset(self) -> None:
         """Forget the peak."""
@@ -43,13 +43,3 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif CLEAR.exists():
             CLEAR.write_text("5", encoding="ascii")  # proc(5): resets the resident set's high-water mark
-
-
-def _status(name: str) -> float:
-    lines = (line.split() for line in STATUS.read_text(encoding="utf-8").splitlines())
-    return next(1024.0 * int(words[1]) for words in lines if words[0] == f"{name}:")
-
-
-def _largest() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

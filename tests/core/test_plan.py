@@ -315,3 +315,14 @@ def test_the_table_says_what_it_assumes(tmp_path):
     assert "upper bounds" in done.stdout
     assert "gradients/pool@2" in done.stdout
     assert "later stages" in done.stdout
+
+
+def test_a_childs_peak_is_its_own(tmp_path):
+    """``ru_maxrss`` of a child begins with that of the process that started it."""
+    code = (
+        "import subprocess, sys; x = bytearray(400 << 20); "
+        "print(subprocess.run([sys.executable, '-c', 'from cropi_core.resident import peak_resident; "
+        "print(peak_resident())'], capture_output=True, text=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200 << 20

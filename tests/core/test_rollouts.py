@@ -181,3 +181,14 @@ def test_rollouts_without_their_sampling_are_refused(tmp_path):
     table = pq.read_table(random_rollouts(tmp_path / "r.parquet"))
     with pytest.raises(DataError, match="how they were sampled"):
         sampling_of(table.replace_schema_metadata(None))
+
+
+def test_a_policy_with_a_soft_cap_is_sampled_with_it(tmp_path):
+    """Only transformers' eager attention has Gemma 2's: without, β would be another policy than the one that trains."""
+    model, _ = load_policy(save_tiny(tmp_path / "policy", "gemma2"), "float32", "cpu")
+    ids = torch.tensor([[5, 9, 12, 7, 4, 11, 8]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        assert not torch.allclose(model(ids).logits, logits, atol=1e-3)
