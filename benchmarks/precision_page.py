@@ -55,11 +55,11 @@ makes that too much.
 
 ## Which precision of numbers
 
-Accumulation is in float32 whatever the policy's `dtype`. Features of the embedded policy in bfloat16 against the same in
-float32 (`python benchmarks/embedded.py`, {live} prompts): cosine of a feature with itself {median:.5f} in the median,
-{least:.4f} at the least; standard deviation of the scores' difference {error:.4f}, Spearman {spearman:.4f}, precision@10 %
-{precision:.3f}. Between devices the same sums run in another order, as between batchings: 1e-5 of a feature's norm. A GPU
-was not at hand.
+Accumulation is in float32 whatever the policy's `dtype`. Features of the embedded policy in bfloat16 against the same
+in float32 (`python benchmarks/embedded.py`, {live} prompts): cosine of a feature with itself {median:.5f} in the
+median, {least:.4f} at the least; standard deviation of the scores' difference {error:.4f}, Spearman {spearman:.4f},
+precision@10 % {precision:.3f}. Another device adds the same numbers in another order, as another batching does, which
+tests hold to 1e-5 of a feature's norm; it was not measured on a GPU.
 """
 
 
