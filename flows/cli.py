@@ -1,8 +1,9 @@
-"""The command `cropi`: the library's commands, and `run`, which goes through Prefect.
+"""The command `cropi`: the library's commands, and `run` and `serve`, which go through Prefect.
 
     cropi run demo --root .cropi -o stages=1
+    cropi serve
 
-Prefect is imported inside `run` only; every other command works where it is not installed.
+Prefect is imported inside these two only; every other command works where it is not installed.
 """
 
 import gc
@@ -43,7 +44,7 @@ def run_command(
     """Run a curriculum through Prefect, or go on with it."""
     settings = load_config(config, override or [])
     steps = checked_steps(refresh or [])
-    require_prefect()
+    require_prefect("run")
     root = root.expanduser().resolve()
     try:
         with ExitStack() as stack:
@@ -58,6 +59,22 @@ def run_command(
         show_end(root, outcome["run"], report)
 
 
+@app.command("serve")
+def serve_command(
+    root: Root = DEFAULT_ROOT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 4200,
+) -> None:
+    """Run this machine's Prefect server and UI, and the flows on it, until Ctrl-C."""
+    require_prefect("serve")
+    from flows.serve import serve
+
+    try:
+        serve(root.expanduser().resolve(), port)
+    except KeyboardInterrupt:
+        print("stopped; artifacts and runs are kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def checked_steps(names: list[str]) -> list[StepName]:
     """Check the steps to compute again.
 
@@ -70,14 +87,16 @@ def checked_steps(names: list[str]) -> list[StepName]:
     return [name for name in known if name in names]
 
 
-def require_prefect() -> None:
-    """Refuse to run without Prefect.
+def require_prefect(command: str) -> None:
+    """Refuse a command that goes through Prefect without it.
 
     Raises:
         ConfigError: It is not installed.
     """
     if importlib.util.find_spec("prefect") is None:
-        raise ConfigError("`cropi run` needs Prefect, which is not installed: pip install 'cropi[flows]'")
+        raise ConfigError(
+            f"`cropi {command}` needs Prefect, which is not installed: pip install 'cropi[flows]'"
+        )
 
 
 def run_flow(
@@ -94,16 +113,21 @@ def run_flow(
     """
     from cropi_core.store import Store
     from flows.display import watcher
-    from flows.environment import prepare
+    from flows.environment import check_api, prepare, served_api
 
     Store(root).prepare()
     url = prepare(root)
     view = watcher(quiet=quiet)
     server = None
-    if url is None:
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    if url is not None:
+        check_api(url)
+    elif (url := served_api(home)) is not None:
+        view.note(f"through the server of `cropi serve`, {url}")
+        os.environ["PREFECT_API_URL"] = url
+    else:
         from flows.server import local_server
 
-        home = Path(os.environ["PREFECT_HOME"]).expanduser()
         if not (home / "prefect.db").exists():
             view.note(f"making Prefect's database under {home}, once")
         server = stack.enter_context(local_server(home))

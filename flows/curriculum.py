@@ -16,29 +16,41 @@ from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
 from cropi_core import curriculum as core
-from cropi_core.configuration import load_config
+from cropi_core.configuration import PRESETS, load_config
 from cropi_core.errors import ConfigError, CropiError
 from cropi_core.runs import load_run, run_id
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
+from flows.environment import artifact_root
 from flows.summary import as_json, as_markdown, summarise
 from tasks.execution import Executor
 from tasks.publish import publish_run
 
-DEFAULT_ROOT = ".cropi"
+PRESET_NAMES = sorted({path.stem for directory in PRESETS for path in directory.glob("*.yaml")})
+"""The choices of the form; the server refuses any other name before a run is scheduled."""
 
 
 def configured(
-    config: Config | None, preset: str, stages: int | None, seed: int | None, ratio: float | None
+    config: Config | None,
+    file: str | None,
+    preset: str,
+    stages: int | None,
+    seed: int | None,
+    ratio: float | None,
 ) -> Config:
-    """Put the knobs of the form over a configuration or a preset.
+    """Put the knobs of the form over a configuration, a file or a preset.
 
     Raises:
-        ConfigError: There is no such preset, or the knobs contradict the configuration.
+        ConfigError: There is no such file or preset, two are given, or the knobs contradict them.
     """
     if config is None:
         knobs = {"stages": stages, "seed": seed, "selection.ratio": ratio}
-        return load_config(preset, [f"{name}={json.dumps(v)}" for name, v in knobs.items() if v is not None])
+        overrides = [f"{name}={json.dumps(v)}" for name, v in knobs.items() if v is not None]
+        return load_config(file or preset, overrides)
+    if file is not None:
+        raise ConfigError(
+            f"config and file={file!r} are both given, and each is a whole one; leave one empty"
+        )
     changed = config.model_dump(mode="json")
     changed |= {name: v for name, v in (("stages", stages), ("seed", seed)) if v is not None}
     if ratio is not None:
@@ -52,22 +64,27 @@ def configured(
 def _flow_run_name() -> str:
     """Name a flow run by its run; what is wrong with the configuration is told by the flow itself."""
     given = dict(flow_run.parameters)
-    names = ("config", "preset", "stages", "seed", "ratio")
+    names = ("config", "file", "preset", "stages", "seed", "ratio")
     try:
         return run_id(configured(**{name: given[name] for name in names}))
     except CropiError:
-        return str(given["preset"])
+        return str(given["file"] or given["preset"])
 
 
 @flow(name="cropi", flow_run_name=_flow_run_name, retries=0)
 def curriculum(
     config: Annotated[Config | None, Field(description="A whole configuration. Empty: the preset's.")] = None,
     preset: Annotated[
-        str, Field(min_length=1, max_length=500, description="Name of a file of configs/, or a YAML file.")
+        str,
+        Field(description="Name of a file of configs/.", json_schema_extra={"enum": list(PRESET_NAMES)}),
     ] = "demo",
+    file: Annotated[
+        str | None,
+        Field(min_length=1, max_length=500, description="A YAML file of the worker, in place of a preset."),
+    ] = None,
     root: Annotated[
         str | None,
-        Field(min_length=1, description="Directory of the artifacts. Empty: .cropi of the checkout."),
+        Field(min_length=1, description="Directory of the artifacts. Empty: that of the deployment."),
     ] = None,
     stages: Annotated[
         int | None, Field(ge=1, le=1000, description="Stages, over the configuration's.")
@@ -86,8 +103,9 @@ def curriculum(
 
     Args:
         config: A whole configuration. Empty: the preset's.
-        preset: Name of a file of `configs/`, or a YAML file.
-        root: Directory of the artifacts. Empty: `.cropi` in the working directory.
+        preset: Name of a file of `configs/`.
+        file: A YAML file of the machine that runs this, in place of a preset.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         stages: Stages, over the configuration's.
         seed: Seed, over the configuration's.
         ratio: Share of the pool a stage trains on, over the configuration's.
@@ -97,8 +115,8 @@ def curriculum(
         The run's summary: accuracy by stage and set, what was selected, seconds, and the artifacts by slot.
     """
     log = get_run_logger()
-    settings = configured(config, preset, stages, seed, ratio)
-    execute = Executor(root or DEFAULT_ROOT, log, refresh or ())
+    settings = configured(config, file, preset, stages, seed, ratio)
+    execute = Executor(artifact_root(root), log, refresh or ())
     store = execute.store
     log.info("run %s under %s", run_id(settings), store.root)
     try:

@@ -11,6 +11,8 @@ import os
 import tomllib
 from pathlib import Path
 
+from cropi_core.errors import ConfigError
+
 DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -24,6 +26,17 @@ DEFAULTS = {
     "PREFECT_CLI_COLORS": "false",
 }
 """Set unless the user has set them."""
+
+
+DEFAULT_ROOT = ".cropi"
+
+
+def artifact_root(given: str | None) -> str:
+    """Return the root a flow works on: the one it was given, that of ``CROPI_ROOT``, or `.cropi` of the checkout.
+
+    Prefect's records of the cache lie below it too, whatever ``PREFECT_RESULTS_LOCAL_STORAGE_PATH`` says.
+    """
+    return given or os.environ.get("CROPI_ROOT") or DEFAULT_ROOT
 
 
 def configured_api() -> str | None:
@@ -41,6 +54,39 @@ def configured_api() -> str | None:
     profiles = tomllib.loads(path.read_text(encoding="utf-8"))
     active = os.environ.get("PREFECT_PROFILE", profiles.get("active"))
     return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
+
+
+SERVED = "served.url"
+"""File of Prefect's home that names the server of `cropi serve` while it runs."""
+
+
+def served_api(home: Path) -> str | None:
+    """Return the address of the server that `cropi serve` runs on this home, if it answers."""
+    from flows.server import answers
+
+    try:
+        url = (home / SERVED).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    return url if answers(url) else None  # a killed one leaves the file
+
+
+def check_api(url: str) -> None:
+    """Check that the user's server answers, before the run asks it for the first time.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise ConfigError(
+            f"no Prefect server answers at {url} ({type(error).__name__}: {error}), which PREFECT_API_URL or the "
+            "active profile names; start it (`cropi serve`, `prefect server start`), or unset it, and the run has "
+            "a server of its own"
+        )
 
 
 def prepare(root: Path) -> str | None:

@@ -26,6 +26,7 @@ from data_schemas.config import (
     Training,
 )
 from data_schemas.manifest import ArtifactRef, RunRecord, StepName, StepSpec
+from flows.environment import artifact_root
 from tasks.execution import Executor
 from tasks.steps import store_at
 
@@ -44,7 +45,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 def rerun(
     slot: str,
     run: str,
-    root: str,
+    root: str | None,
     changes: Mapping[str, Any],
     inputs: Mapping[str, str | ArtifactRef | None],
     refresh: bool,
@@ -54,7 +55,7 @@ def rerun(
     Args:
         slot: Place in the run, such as `scores@1`.
         run: Id of the run.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts; None is that of the deployment.
         changes: Settings by section and name; None leaves one as it was.
         inputs: Other artifacts to take, by input name; None takes the run's.
         refresh: Compute it again even if it is there.
@@ -62,6 +63,7 @@ def rerun(
     Raises:
         CropiError: There is no such run or slot, or the changed settings cannot be.
     """
+    root = artifact_root(root)
     store = store_at(root)
     spec = changed_spec(store, load_run(store, run), slot, changes, inputs)
     execute = Executor(root, get_run_logger(), [spec.step] if refresh else [])

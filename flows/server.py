@@ -1,13 +1,13 @@
-"""A Prefect server for the time of one command, on a loopback port.
+"""A Prefect server for the time of one command, on a loopback port: that of a run, or the one of `cropi serve`.
 
 Prefect's own temporary server does the same with more waiting: the client imports the whole server before
 it starts one, and only then goes on. Here the server is a process started first, while the command imports
-what it needs. It is the same application on the same database (``PREFECT_HOME``), with the services that an
-ephemeral server runs.
+what it needs. It is the same application on the same database (``PREFECT_HOME``): for a run with the services
+of an ephemeral server, for `cropi serve` whole, with its UI and its scheduler.
 
 The process ends when its standard input does, so it cannot outlive the command, whatever ended that.
 
-    python -m flows.server PORT
+    python -m flows.server PORT [whole]
 """
 
 import os
@@ -17,10 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from cropi_core.errors import CropiError
@@ -31,19 +31,28 @@ SHUTDOWN_S = 15.0
 
 
 class LocalServer:
-    """A server that is coming up; :meth:`wait` until it is there."""
+    """A server that is coming up; :meth:`wait` until it is there.
 
-    def __init__(self, home: Path) -> None:
+    Args:
+        home: Prefect's home; the database, the log and the UI's files lie in it.
+        port: Where to listen; None takes a free port, and neither UI nor scheduler.
+    """
+
+    def __init__(self, home: Path, port: int | None = None) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.log = home / "server.log"
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
         checkout = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
         environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PYTHONPATH": path}
+        if port is not None:
+            # The pages ask port 4200 unless told; their files are otherwise written into site-packages.
+            environment["PREFECT_SERVER_UI_API_URL"] = self.url
+            environment["PREFECT_SERVER_UI_STATIC_DIRECTORY"] = str(home / "ui")
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", str(self.port)],
+                [sys.executable, "-m", "flows.server", str(self.port), *(["whole"] if port else [])],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -62,13 +71,13 @@ class LocalServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise CropiError(
-                    f"Prefect's server ended at its start (exit {self.process.returncode}): {self._tail()}"
+                    f"Prefect's server ended at its start (exit {self.process.returncode}): {self.tail()}"
                 )
-            if self._healthy():
+            if answers(self.url):
                 return
             time.sleep(0.05)
         raise CropiError(
-            f"Prefect's server did not answer at {self.url} within {STARTUP_S:.0f} s: {self._tail()}"
+            f"Prefect's server did not answer at {self.url} within {STARTUP_S:.0f} s: {self.tail()}"
         )
 
     def release(self) -> None:
@@ -85,26 +94,29 @@ class LocalServer:
             self.process.kill()
             self.process.wait()
 
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310 - our own address
-                return answer.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """Return where the log is and how it ends."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return f"see {self.log}" + (f"; it ends with {lines[-1].strip()!r}" if lines else "")
 
 
 @contextmanager
-def local_server(home: Path) -> Iterator[LocalServer]:
+def local_server(home: Path, port: int | None = None) -> Iterator[LocalServer]:
     """Start a server on the database below ``home`` and stop it at the end; it is not awaited here."""
-    server = LocalServer(home)
+    server = LocalServer(home, port)
     try:
         yield server
     finally:
         server.stop()
+
+
+def answers(url: str) -> bool:
+    """Say whether a Prefect server of this machine answers at the address of its API."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310 - our own address
+            return answer.status == 200
+    except (OSError, HTTPException):
+        return False
 
 
 def free_port() -> int:
@@ -143,12 +155,12 @@ def settle(timeout: float = 10.0) -> None:
             time.sleep(0.1)
 
 
-def serve(port: int) -> None:
+def serve(port: int, *, whole: bool) -> None:
     """Serve until standard input ends."""
     import uvicorn
     from prefect.server.api.server import create_app
 
-    app = create_app(ephemeral=True, final=True)
+    app = create_app(ephemeral=not whole, final=True)
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="on")
     )
@@ -164,4 +176,4 @@ def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), whole="whole" in sys.argv[2:])

@@ -14,13 +14,15 @@ from pydantic import Field
 
 from cropi_core.runs import load_run
 from data_schemas.config import Fusion, LossType, Ratio, Strategy
-from flows.curriculum import DEFAULT_ROOT
+from flows.environment import artifact_root
 from flows.rerun import latest, rerun
 from tasks.steps import store_at
 
 Run = Annotated[str, Field(min_length=1, max_length=60, description="Id of the run, such as demo-1a2b3c4d.")]
 Stage = Annotated[int, Field(ge=1, le=1000, description="Stage of the run.")]
-Root = Annotated[str, Field(min_length=1, description="Directory of the artifacts.")]
+Root = Annotated[
+    str | None, Field(min_length=1, description="Directory of the artifacts. Empty: that of the deployment.")
+]
 Again = Annotated[bool, Field(description="Compute it again even if it is there.")]
 Prompts = Annotated[
     str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$", description="`pool` or a validation set.")
@@ -38,7 +40,7 @@ Tokens = Annotated[int | None, Field(ge=1, le=131072, description="Longest compl
 def rollouts(
     run: Run,
     stage: Stage = 1,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     prompts: Prompts = "pool",
     samples: Samples = None,
     temperature: Temperature = None,
@@ -52,7 +54,7 @@ def rollouts(
     Args:
         run: Id of the run.
         stage: Stage whose rollouts are repeated; a run that collects once has them in stage 1.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         prompts: `pool` or a validation set.
         samples: Completions a prompt.
         temperature: Sampling temperature.
@@ -70,7 +72,7 @@ def rollouts(
 def gradients(
     run: Run,
     stage: Stage = 1,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     prompts: Prompts = "pool",
     k: Annotated[int | None, Field(ge=16, le=1 << 20, description="Dimensions of a feature.")] = None,
     density: Annotated[float | None, Field(gt=0, le=1, description="Share of the coordinates kept.")] = None,
@@ -85,7 +87,7 @@ def gradients(
     Args:
         run: Id of the run.
         stage: Stage whose policy is differentiated.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         prompts: `pool` or a validation set.
         k: Dimensions of a feature.
         density: Share of the coordinates kept before projecting.
@@ -106,7 +108,7 @@ def gradients(
 def scores(
     run: Run,
     stage: Stage = 1,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     metric: Literal["cosine", "dot"] | None = None,
     target: Literal["mean", "normalized_mean"] | None = None,
     fusion: Fusion | None = None,
@@ -120,7 +122,7 @@ def scores(
     Args:
         run: Id of the run.
         stage: Stage whose scores are repeated.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         metric: Cosine, or the plain inner product.
         target: How a validation set's gradients become one direction.
         fusion: How the sets' orders become one.
@@ -137,7 +139,7 @@ def scores(
 def selection(
     run: Run,
     stage: Stage = 1,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     strategy: Strategy | None = None,
     ratio: Annotated[float | None, Field(gt=0, le=1, description="Share of the pool.")] = None,
     pass_rate_target: Annotated[float | None, Field(ge=0, le=1)] = None,
@@ -150,7 +152,7 @@ def selection(
     Args:
         run: Id of the run.
         stage: Stage whose subset is chosen.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         strategy: How prompts are chosen.
         ratio: Share of the pool.
         pass_rate_target: For the strategy `pass_rate`.
@@ -159,7 +161,7 @@ def selection(
         refresh: Compute it again even if it is there.
     """
     section = {"strategy": strategy, "ratio": ratio, "pass_rate_target": pass_rate_target}
-    record = load_run(store_at(root), run)
+    record = load_run(store_at(artifact_root(root)), run)
     inputs: dict[str, Any] = {"scores": scores}
     # A strategy reads what another one left out: the run's own scores or rollouts stand in for it.
     if strategy in ("influence", "grad_norm") and scores is None:
@@ -173,7 +175,7 @@ def selection(
 def training(
     run: Run,
     stage: Stage = 1,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     steps: Annotated[int | None, Field(ge=1, description="Optimizer steps.")] = None,
     learning_rate: Annotated[float | None, Field(gt=0)] = None,
     seed: Seed = None,
@@ -186,7 +188,7 @@ def training(
     Args:
         run: Id of the run.
         stage: Stage to train.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         steps: Optimizer steps.
         learning_rate: Of the optimizer.
         seed: Another seed.
@@ -202,7 +204,7 @@ def training(
 def evaluation(
     run: Run,
     stage: Annotated[int, Field(ge=0, le=1000, description="Stage of the run; 0 is the base policy.")] = 0,
-    root: Root = DEFAULT_ROOT,
+    root: Root = None,
     samples: Samples = None,
     temperature: Temperature = None,
     max_new_tokens: Tokens = None,
@@ -215,7 +217,7 @@ def evaluation(
     Args:
         run: Id of the run.
         stage: Stage after which the policy is measured; 0 is the base policy.
-        root: Directory of the artifacts.
+        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         samples: Completions a prompt.
         temperature: Sampling temperature.
         max_new_tokens: Longest completion.

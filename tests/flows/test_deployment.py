@@ -20,6 +20,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent.parent
 PREFECT = Path(sys.executable).parent / "prefect"
 DEPLOYMENTS = {
     "cropi/curriculum",
+    "cropi/nightly",
     "cropi-rollouts/collect",
     "cropi-gradients/extract",
     "cropi-scores/rescore",
@@ -45,8 +46,8 @@ def answer(url: str, body: dict | None = None):
 class Desk:
     """A person's terminal: commands against one server."""
 
-    def __init__(self, environment: dict[str, str], url: str) -> None:
-        self.environment, self.url = environment, url
+    def __init__(self, environment: dict[str, str], url: str, root: Path) -> None:
+        self.environment, self.url, self.root = environment, url, root
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -112,7 +113,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
                 break
             except OSError:
                 time.sleep(0.3)
-        desk = Desk(environment, url)
+        root = tmp_path_factory.mktemp("artifacts") / "root"
+        desk = Desk(environment | {"CROPI_ROOT": str(root)}, url, root)
         desk.run("work-pool", "create", "cropi", "--type", "process")
         desk.run("--no-prompt", "deploy", "--all")
         yield desk
@@ -132,20 +134,35 @@ def test_every_deployment_is_there_and_none_knows_the_path_of_this_machine(desk:
         )
         for name, form in deployment["parameter_openapi_schema"]["properties"].items():
             assert form.get("description"), (deployment["name"], name)
+        assert deployment["enforce_parameter_schema"]
+        assert deployment["job_variables"]["env"]["CROPI_ROOT"] == str(desk.root)
 
 
 @pytest.mark.slow
-def test_a_worker_runs_the_curriculum_and_then_one_step_of_it(desk: Desk, tmp_path: Path):
-    root = tmp_path / "root"
+def test_the_nightly_schedule_is_there_and_off_and_presets_are_choices(desk: Desk):
+    by_name = {d["name"]: d for d in answer(f"{desk.url}/deployments/filter", {})}
+    (schedule,) = by_name["nightly"]["schedules"]
+    assert (schedule["slug"], schedule["active"]) == ("nightly", False)
+    assert by_name["nightly"]["parameters"]["stages"] == 2
+    assert not any(d["schedules"] for name, d in by_name.items() if name != "nightly")
+    form = by_name["curriculum"]["parameter_openapi_schema"]["properties"]["preset"]
+    assert form["enum"] == sorted(path.stem for path in (CHECKOUT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_a_worker_runs_the_curriculum_and_then_one_step_of_it(desk: Desk):
+    """Under the root of the deployment's job variables, Prefect's records beside the artifacts."""
+    root = desk.root
+    del desk.environment["CROPI_ROOT"]  # the worker's own is none
     config = json.dumps(tiny_config().model_dump(mode="json"))
-    done = desk.work_through("cropi/curriculum", "-p", f"config={config}", "-p", f"root={root}")
+    done = desk.work_through("cropi/curriculum", "-p", f"config={config}")
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store(root)
     (run,) = list_runs(store)
     assert load_run(store, run).status == "done"
-    again = desk.work_through(
-        "cropi-scores/rescore", "-p", f"run={run}", "-p", "metric=dot", "-p", f"root={root}"
-    )
+    assert list((root / ".prefect-results").iterdir())
+    assert not (Path(desk.environment["PREFECT_HOME"]) / "storage").exists()
+    again = desk.work_through("cropi-scores/rescore", "-p", f"run={run}", "-p", "metric=dot")
     assert again.returncode == 0, again.stdout + again.stderr
     assert {store.manifest(key).settings["scores"]["metric"] for key in store.keys("scores")} == {
         "cosine",
@@ -157,7 +174,7 @@ def test_a_worker_runs_the_curriculum_and_then_one_step_of_it(desk: Desk, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrong", ["stages=0", "ratio=2", "nosuch=1", 'refresh=["scoring"]', 'config={"stages": 1}']
+    "wrong", ["stages=0", "ratio=2", "nosuch=1", "preset=dem", 'refresh=["scoring"]', 'config={"stages": 1}']
 )
 def test_the_server_refuses_wrong_parameters_before_anything_is_scheduled(desk: Desk, wrong: str):
     before = len(answer(f"{desk.url}/flow_runs/filter", {}))

@@ -1,0 +1,191 @@
+"""`cropi serve` as a person uses it: started, asked for a run, stopped; the processes are looked up in /proc."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cropi_core.runs import list_runs, load_run
+from cropi_core.store import Store
+from tests.flows.conftest import tiny_config
+from tests.flows.test_cli import CHECKOUT, CROPI, person, servers_of, start, written
+from tests.flows.test_deployment import DEPLOYMENTS, PREFECT, answer, free_port
+
+
+class Served:
+    """A running `cropi serve`."""
+
+    def __init__(self, root: Path, port: int, out: Path) -> None:
+        self.root, self.out = root, out
+        self.url = f"http://127.0.0.1:{port}/api"
+        with out.open("w") as log:
+            self.process = subprocess.Popen(
+                [*CROPI, "serve", "--root", str(root), "--port", str(port)],
+                env=person(),
+                cwd=CHECKOUT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.until("Ctrl-C stops")
+
+    def until(self, words: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.out.read_text():
+            assert self.process.poll() is None, self.out.read_text()
+            assert time.monotonic() < deadline, self.out.read_text()
+            time.sleep(0.2)
+
+    def ask(self, config, *more: str) -> subprocess.CompletedProcess[str]:
+        text = json.dumps(config.model_dump(mode="json"))
+        return subprocess.run(
+            [PREFECT, "deployment", "run", "cropi/local", "-p", f"config={text}", *more],
+            env=person(PREFECT_API_URL=self.url, PREFECT_HOME=str(self.root / ".prefect")),
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    def runs(self) -> dict[str, str]:
+        return {run["name"]: run["state_name"] for run in answer(f"{self.url}/flow_runs/filter", {})}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    place = tmp_path_factory.mktemp("served")
+    served = Served(place / "root", free_port(), place / "out")
+    yield served
+    if served.process.poll() is None:
+        os.killpg(served.process.pid, signal.SIGKILL)
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Addresses on which these processes listen, as the kernel writes them."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.add(str(link.readlink()))
+            except OSError:
+                continue
+    tables = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()
+    ]
+    return {row[1] for row in tables if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+@pytest.mark.slow
+def test_a_deployment_runs_and_everything_is_under_the_root(served: Served):
+    done = served.ask(tiny_config(), "--watch", "--watch-interval", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = list_runs(Store(served.root))
+    assert load_run(Store(served.root), run).status == "done"
+    assert served.runs() == {run: "Completed"}
+    home = served.root / ".prefect"
+    assert {"prefect.db", "server.log", "ui"} <= {path.name for path in home.iterdir()}
+    assert "ERROR" not in (home / "server.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_ui_asks_this_server_and_nothing_listens_beyond_this_machine(served: Served):
+    assert answer(served.url.removesuffix("/api") + "/ui-settings")["api_url"] == served.url
+    settings = answer(f"{served.url}/admin/settings")
+    assert settings["server"]["analytics_enabled"] is False
+    addresses = listening(servers_of(served.root))
+    assert addresses
+    assert all(address.startswith("0100007F:") for address in addresses), addresses
+
+
+@pytest.mark.slow
+def test_served_deployments_have_names_of_their_own(served: Served):
+    flows = {flow["id"]: flow["name"] for flow in answer(f"{served.url}/flows/filter", {})}
+    names = {f"{flows[d['flow_id']]}/{d['name']}" for d in answer(f"{served.url}/deployments/filter", {})}
+    assert len(names) == 7
+    assert not names & DEPLOYMENTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
+def test_cropi_run_goes_through_the_running_server(served: Served, tmp_path: Path, named: bool):
+    """By its address, or because it serves the same root: two servers on one database wait for one another."""
+    before = len(answer(f"{served.url}/flow_runs/filter", {}))
+    config = written(tmp_path / "tiny.yaml", name="direct")
+    command = [*CROPI, "run", str(config), "--root", str(served.root), "--no-report", "--json"]
+    environment = person(PREFECT_API_URL=served.url) if named else person()
+    done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(answer(f"{served.url}/flow_runs/filter", {})) == before + 1
+    assert served.runs()[json.loads(done.stdout)["run"]] == "Completed"
+
+
+@pytest.mark.slow
+def test_a_second_one_is_told_what_to_do(served: Served, tmp_path: Path):
+    def fails(*arguments: str, **environment: str) -> str:
+        command = [*CROPI, "serve", *arguments]
+        done = subprocess.run(
+            command, env=person(**environment), cwd=CHECKOUT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stderr
+
+    port = served.url.removesuffix("/api").rpartition(":")[2]
+    told = fails("--root", str(tmp_path), "--port", port)
+    assert f"export PREFECT_API_URL={served.url}" in told
+    assert "--port" in told
+    told = fails("--root", str(served.root), "--port", str(free_port()))
+    assert "is served already" in told
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        told = fails("--root", str(tmp_path), "--port", str(other.getsockname()[1]))
+    assert "cannot be used (Address already in use): stop it, or take another port" in told
+    told = fails("--root", str(tmp_path), "--port", str(free_port()), PREFECT_API_URL="http://a/api")
+    assert "unset PREFECT_API_URL" in told
+
+
+def test_a_configured_server_that_does_not_answer_is_named(tmp_path: Path):
+    url = f"http://127.0.0.1:{free_port()}/api"
+    command = [*CROPI, "run", "demo", "--root", str(tmp_path)]
+    environment = person(PREFECT_API_URL=url)
+    done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"no Prefect server answers at {url}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_stop_in_the_middle_of_a_step_leaves_no_process_and_the_run_goes_on(tmp_path: Path, how: str):
+    root = tmp_path / "root"
+    served = Served(root, free_port(), tmp_path / "out")
+    try:
+        training = tiny_config().training.model_dump() | {"steps": 4000}
+        runtime = {"device": "cpu", "threads": 1, "mode": "subprocess", "save_steps": 5}
+        long = tiny_config(training=training, runtime=runtime)
+        assert served.ask(long).returncode == 0
+        served.until("Task run 'show selection' - Finished")
+        time.sleep(3)
+        assert len(servers_of(root)) >= 4  # the command, the server, the run, its step
+        if how == "Ctrl-C":
+            os.killpg(served.process.pid, signal.SIGINT)  # what a terminal does
+        else:
+            served.process.terminate()
+        assert served.process.wait(60) == (130 if how == "Ctrl-C" else 0)
+        assert servers_of(root) == []
+        assert not (root / ".prefect" / "served.url").exists()
+    finally:
+        if served.process.poll() is None:
+            os.killpg(served.process.pid, signal.SIGKILL)
+    again = start(written(tmp_path / "long.yaml", training=training, runtime=runtime), root, "--no-report")
+    assert again.stderr is not None
+    assert [again.stderr.readline().split()[1] for _ in range(4)] == ["cached"] * 4
+    os.killpg(again.pid, signal.SIGINT)
+    again.communicate(timeout=60)
