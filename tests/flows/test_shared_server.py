@@ -1,0 +1,187 @@
+"""A server that several people share: PostgreSQL behind it, a password in front, two workers, one artifact root."""
+
+import base64
+import getpass
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cropi_core.runs import list_runs, load_run
+from cropi_core.store import Store
+from tests.flows.conftest import tiny_config
+from tests.flows.test_deployment import CHECKOUT, PREFECT, free_port
+
+AUTH = "team:only-for-this-test"
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not POSTGRES, reason="needs PostgreSQL: apt-get install postgresql"),
+]
+
+
+def health(url: str, auth: str | None) -> int:
+    """The status of an authenticated page; 0 when nobody answers."""
+    headers = {"content-type": "application/json"}
+    if auth:
+        headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
+    request = urllib.request.Request(f"{url}/flow_runs/filter", data=b"{}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL of our own on a free port of the loopback, with pg_trgm; it refuses to run as root."""
+    folder, port, bin_ = tmp_path_factory.mktemp("postgres"), free_port(), POSTGRES[-1].parent
+    as_user = ["runuser", "-u", "postgres", "--"] if getpass.getuser() == "root" else []
+    if as_user:
+        for parent in [folder, *folder.parents][:3]:  # pytest's own directories are closed to others
+            parent.chmod(0o755)
+        shutil.chown(folder, "postgres")
+    data = folder / "data"
+    options = ["-D", str(data), "-U", "prefect", "--auth=trust", "--no-sync"]
+    subprocess.run([*as_user, bin_ / "initdb", *options], check=True, capture_output=True, cwd="/")
+    command = [
+        *as_user,
+        bin_ / "postgres",
+        "-D",
+        str(data),
+        "-p",
+        str(port),
+        "-h",
+        "127.0.0.1",
+        "-k",
+        str(folder),
+    ]
+    with (folder.parent / "postgres.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
+    psql = [bin_ / "psql", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "postgres", "-c"]
+    try:
+        deadline = time.monotonic() + 30
+        while subprocess.run([*psql, "CREATE DATABASE cropi"], capture_output=True, cwd="/").returncode:
+            assert time.monotonic() < deadline, (folder.parent / "postgres.log").read_text()
+            time.sleep(0.3)
+        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/cropi"
+    finally:
+        server.send_signal(signal.SIGTERM if as_user else signal.SIGINT)
+        subprocess.run(
+            [*as_user, bin_ / "pg_ctl", "-D", str(data), "-m", "immediate", "stop"], cwd="/", check=False
+        )
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def team(
+    database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, str], str, Path]]:
+    """The environment of a member, the server's address, and the artifact root."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    root, url = tmp_path_factory.mktemp("artifacts") / "root", f"http://127.0.0.1:{port}/api"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    common = {
+        **kept,
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "CROPI_ROOT": str(root),
+        "NO_COLOR": "1",
+    }
+    server_only = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_API_AUTH_STRING": AUTH,
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    }
+    command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=common | server_only, stdout=log, stderr=log)
+    member = common | {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": AUTH}
+    try:
+        deadline = time.monotonic() + 150
+        while health(url, AUTH) != 200:
+            assert server.poll() is None, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, (home / "server.log").read_text()
+            time.sleep(0.5)
+        run(member, "work-pool", "create", "cropi", "--type", "process")
+        run(member, "--no-prompt", "deploy", "--all")
+        yield member, url, root
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def run(environment: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [PREFECT, *arguments], env=environment, cwd=CHECKOUT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_nobody_gets_in_without_the_password(team: tuple[dict[str, str], str, Path]):
+    _, url, _ = team
+    assert [health(url, auth) for auth in (None, "team:wrong", AUTH)] == [401, 401, 200]
+
+
+def test_two_workers_run_two_curricula_at_once_and_compute_no_key_twice(
+    team: tuple[dict[str, str], str, Path], tmp_path: Path
+):
+    """They share prompts, rollouts and gradients, and differ in what is chosen: whoever comes first computes a key."""
+    member, _, root = team
+    start = [PREFECT, "worker", "start", "--pool", "cropi", "--limit", "1"]
+    workers = [
+        subprocess.Popen([*start, "--name", name], env=member, cwd=CHECKOUT, stdout=-3, stderr=-3)
+        for name in "ab"
+    ]
+    try:
+        watching = []
+        for strategy in ("influence", "grad_norm"):
+            config = tiny_config(
+                name=strategy.replace("_", "-"), selection={"ratio": 0.25, "strategy": strategy}
+            )
+            text = json.dumps(config.model_dump(mode="json"))
+            command = [PREFECT, "deployment", "run", "cropi/curriculum", "-p", f"config={text}"]
+            watching.append(
+                subprocess.Popen(
+                    [*command, "--watch", "--watch-interval", "1"],
+                    env=member,
+                    cwd=CHECKOUT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        for process in watching:
+            out, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, out
+    finally:
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        for worker in workers:
+            worker.wait(60)
+    store = Store(root)
+    records = [load_run(store, name) for name in list_runs(store)]
+    assert [record.status for record in records] == ["done", "done"]
+    began = sorted(record.started for record in records)
+    ended = sorted(record.finished for record in records)
+    assert began[1] < ended[0], "they did not run at once"
+    computed = [{e.ref.key for e in r.slots.values() if e.origin == "computed"} for r in records]
+    used = [{e.ref.key for e in r.slots.values()} for r in records]
+    assert not computed[0] & computed[1]
+    assert used[0] & used[1] <= computed[0] | computed[1]
+    assert any(key.startswith("gradients") for key in used[0] & used[1])
+    assert all(computed), "one of them found everything"
