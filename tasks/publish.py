@@ -18,6 +18,16 @@ KEYS: dict[StepName, str] = {
     for step in ("rollouts", "gradients", "scores", "diagnostics", "selection", "training", "evaluation")
 }
 """Key of a step's page in the UI."""
+SAYS: dict[StepName, str] = {
+    "rollouts": "Pass rates, lengths, and what could not be graded.",
+    "gradients": "Prompts by status, effective sample sizes, norms.",
+    "scores": "Distribution, top and bottom.",
+    "diagnostics": "Scores beside those of fresh trajectories.",
+    "selection": "Sources, levels, pass rates, and the validation set that voted.",
+    "training": "Reward, KL and completion length over the steps.",
+    "evaluation": "Accuracy with 95 % intervals, by stage.",
+}
+"""What stands beside the key in the list of artifacts."""
 RUN_KEY = "cropi-run"
 SHOW_RUN = "show run"
 """Name of the last task run of every run."""
@@ -37,7 +47,7 @@ def publish(step: StepName, root: str, slots: list[dict[str, str]]) -> None:
         Shown(entry["slot"], entry["origin"], store.manifest(entry["key"]), store.path(entry["key"]))
         for entry in slots
     ]
-    create_markdown_artifact(view(step, shown), key=KEYS[step], description="Newest row last.")
+    create_markdown_artifact(view(step, shown), key=KEYS[step], description=SAYS[step])
 
 
 @task(task_run_name=SHOW_RUN, cache_policy=NO_CACHE, persist_result=False)
@@ -47,4 +57,6 @@ def publish_run(markdown: str) -> None:
     Args:
         markdown: What is shown.
     """
-    create_markdown_artifact(markdown, key=RUN_KEY, description="The run, stage by stage.")
+    create_markdown_artifact(
+        markdown, key=RUN_KEY, description="The run, stage by stage: results, keys, what was made from what."
+    )
