@@ -5,7 +5,6 @@ that names another content than the store holds is written again.
 """
 
 import logging
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,41 +65,46 @@ class Executor:
         """Find or compute one artifact."""
         if self.watcher:
             self.watcher.started(spec.slot)
-        key, start = step_key(spec), time.monotonic()
+        key = step_key(spec)
         # Once a run: two slots may share an artifact, and the second must not throw away what the first one
         # named.
         forced = spec.step in self.refresh and key not in self._renewed
-        cached = not forced and self.store.is_complete(key)
-        ref = self._run(spec, refresh=forced, refresh_record=not cached)
+        there = not forced and self.store.is_complete(key)
+        ref, made = self._run(spec, refresh=forced, refresh_record=not there)
         if ref.digest != self.store.manifest(key).digest:
             self.log.warning(
                 "%s: Prefect's record of %s was older than the artifact; renewed", spec.slot, key
             )
-            ref = self._run(spec, refresh=False, refresh_record=True)
+            ref, _ = self._run(spec, refresh=False, refresh_record=True)
         if forced:
             self._renewed.add(key)
-        result = StepResult(ref, cached=cached, seconds=0.0 if cached else time.monotonic() - start)
+        # Nobody made it where Prefect's record answered, and another run did where this one waited for its claim.
+        result = StepResult(ref, cached=made is None or made.cached, seconds=made.seconds if made else 0.0)
         if self.watcher:
             self.watcher.finished(spec.slot, result)
         self._show(spec, result)
         return result
 
-    def _run(self, spec: StepSpec, *, refresh: bool, refresh_record: bool) -> ArtifactRef:
+    def _run(
+        self, spec: StepSpec, *, refresh: bool, refresh_record: bool
+    ) -> tuple[ArtifactRef, StepResult | None]:
+        """Run a step's task; returns its artifact, and what the step said if it was run at all."""
         watcher = self.watcher
+        made: list[StepResult] = []
 
         def report(progress: Progress) -> None:
             if watcher:
                 watcher.moved(spec.slot, progress)
 
         task = step_task(spec.step, str(self.store.root), refresh_record=refresh_record)
-        ref = task(spec, str(self.store.root), report, refresh)
+        ref = task(spec, str(self.store.root), report, refresh, made.append)
         # A JSON result whose class moved loads as a plain dict, without an error; here it ends.
         if not isinstance(ref, ArtifactRef):
             raise ArtifactError(
                 f"{spec.slot}: Prefect's record of {step_key(spec)} is a {type(ref).__name__} and no "
                 f"ArtifactRef; delete {self.store.root / RECORDS} (no artifact is lost) and run again"
             )
-        return ref
+        return ref, made[-1] if made else None
 
     def _show(self, spec: StepSpec, result: StepResult) -> None:
         if spec.step in ("prompts", "policy"):

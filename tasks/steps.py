@@ -6,6 +6,7 @@ artifacts, under ``<root>/.prefect-results``, as JSON. A record is only a pointe
 says whether the artifact is still whole (:mod:`tasks.execution` does).
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefect.cache_policies import CacheKeyFnPolicy
 
 from cropi_core.errors import ConfigError
 from cropi_core.progress import Report, silent
-from cropi_core.steps import STEP_NAMES, run_step, step_key
+from cropi_core.steps import STEP_NAMES, StepResult, run_step, step_key
 from cropi_core.store import Store
 from data_schemas.manifest import ArtifactRef, StepName, StepSpec
 from tasks.progress import in_the_ui
@@ -53,7 +54,17 @@ def artifact_cache_key(context: "TaskRunContext", parameters: dict[str, Any]) ->
     return step_key(parameters["spec"])
 
 
-def make_artifact(spec: StepSpec, root: str, report: Report = silent, refresh: bool = False) -> ArtifactRef:
+def _ignored(result: StepResult) -> None:
+    """Hear of a result, and do nothing."""
+
+
+def make_artifact(
+    spec: StepSpec,
+    root: str,
+    report: Report = silent,
+    refresh: bool = False,
+    done: Callable[[StepResult], None] = _ignored,
+) -> ArtifactRef:
     """Find or compute the artifact of a step, in this process or in one of its own.
 
     Args:
@@ -61,10 +72,14 @@ def make_artifact(spec: StepSpec, root: str, report: Report = silent, refresh: b
         root: Directory of the artifact store.
         report: Called with progress.
         refresh: Compute it again even if it is there.
+        done: Called with the result, which says what a reference does not: whether it was computed here, or by
+            another run while this one waited for it.
     """
     store = store_at(root)
     with in_the_ui(spec.slot, report) as both:
-        return run_step(spec, store, report=both, refresh=refresh, spread=_spread(spec)).ref
+        result = run_step(spec, store, report=both, refresh=refresh, spread=_spread(spec))
+    done(result)
+    return result.ref
 
 
 def _spread(spec: StepSpec) -> "Spread | None":

@@ -1,12 +1,12 @@
 """A server that several people share: PostgreSQL behind it, a password in front, two workers, one artifact root."""
 
 import base64
-import getpass
 import json
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -45,44 +45,27 @@ def health(url: str, auth: str | None) -> int:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def database() -> Iterator[str]:
     """A PostgreSQL of our own on a free port of the loopback, with pg_trgm; it refuses to run as root."""
-    folder, port, bin_ = tmp_path_factory.mktemp("postgres"), free_port(), POSTGRES[-1].parent
-    as_user = ["runuser", "-u", "postgres", "--"] if getpass.getuser() == "root" else []
-    if as_user:
-        for parent in [folder, *folder.parents][:3]:  # pytest's own directories are closed to others
-            parent.chmod(0o755)
-        shutil.chown(folder, "postgres")
-    data = folder / "data"
-    options = ["-D", str(data), "-U", "prefect", "--auth=trust", "--no-sync"]
-    subprocess.run([*as_user, bin_ / "initdb", *options], check=True, capture_output=True, cwd="/")
-    command = [
-        *as_user,
-        bin_ / "postgres",
-        "-D",
-        str(data),
-        "-p",
-        str(port),
-        "-h",
-        "127.0.0.1",
-        "-k",
-        str(folder),
-    ]
-    with (folder.parent / "postgres.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
-    psql = [bin_ / "psql", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "postgres", "-c"]
-    try:
-        deadline = time.monotonic() + 30
-        while subprocess.run([*psql, "CREATE DATABASE cropi"], capture_output=True, cwd="/").returncode:
-            assert time.monotonic() < deadline, (folder.parent / "postgres.log").read_text()
-            time.sleep(0.3)
-        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/cropi"
-    finally:
-        server.send_signal(signal.SIGTERM if as_user else signal.SIGINT)
-        subprocess.run(
-            [*as_user, bin_ / "pg_ctl", "-D", str(data), "-m", "immediate", "stop"], cwd="/", check=False
-        )
-        server.wait(30)
+    port, bin_ = free_port(), POSTGRES[-1].parent
+    # Not below pytest's directories, which are closed to the other user.
+    with tempfile.TemporaryDirectory(prefix="cropi-postgres-") as folder:
+        as_user = []
+        if os.geteuid() == 0:
+            as_user = ["runuser", "-u", "postgres", "--"]
+            shutil.chown(folder, "postgres")
+        data, log = f"{folder}/data", f"{folder}/log"
+
+        def call(program: str, *arguments: str) -> None:
+            subprocess.run([*as_user, bin_ / program, *arguments], check=True, stdout=-3, cwd="/")
+
+        call("initdb", "-D", data, "-U", "prefect", "--auth=trust", "--no-sync")
+        call("pg_ctl", "-D", data, "-l", log, "-o", f"-p {port} -h 127.0.0.1 -k {folder}", "-w", "start")
+        try:
+            call("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "cropi")
+            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/cropi"
+        finally:
+            call("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +133,7 @@ def test_two_workers_run_two_curricula_at_once_and_compute_no_key_twice(
     try:
         watching = []
         for strategy in ("influence", "grad_norm"):
-            config = tiny_config(
-                name=strategy.replace("_", "-"), selection={"ratio": 0.25, "strategy": strategy}
-            )
+            config = tiny_config(name=strategy, selection={"ratio": 0.25, "strategy": strategy})
             text = json.dumps(config.model_dump(mode="json"))
             command = [PREFECT, "deployment", "run", "cropi/curriculum", "-p", f"config={text}"]
             watching.append(
