@@ -154,6 +154,7 @@ def test_a_run_is_shown_with_its_steps_and_what_it_published(place: Place, ui: s
     page = place.browser.open(f"{place.url}{ui}/runs/flow-run/{place.flow_run}")
     page.wait_for(place.record.run, "Completed", "Task Runs", "Artifacts", "Parameters")
     if ui:
+        time.sleep(8 if KEEP else 0)  # the graph flies to its place
         keep(page, "run", tmp_path)
     page.click("Task Runs")
     page.wait_for("show run", "Cached", "selection@2")
