@@ -22,6 +22,7 @@ from flows.server import LocalServer, answers, local_server
 
 DEPLOYMENT = "local"
 """Name of every served deployment."""
+GRACE_S = 10.0
 
 
 def serve(root: Path, port: int) -> None:
@@ -141,7 +142,9 @@ async def _work(server: LocalServer, root: Path) -> None:
         if runner.started and server.process.poll() is None:
             await runner.cancel_all()
         for run in multiprocessing.active_children():
-            run.terminate()
+            run.terminate()  # its step ends with it; then it would ask the server that is gone for minutes
+            run.join(GRACE_S)
+            run.kill()
         working.cancel()
         with suppress(asyncio.CancelledError):
             await working

@@ -189,3 +189,26 @@ def test_a_stop_in_the_middle_of_a_step_leaves_no_process_and_the_run_goes_on(tm
     assert [again.stderr.readline().split()[1] for _ in range(4)] == ["cached"] * 4
     os.killpg(again.pid, signal.SIGINT)
     again.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_ends_the_command_and_the_run(tmp_path: Path):
+    served = Served(tmp_path / "root", free_port(), tmp_path / "out")
+    try:
+        runtime = {"device": "cpu", "threads": 1, "mode": "subprocess"}
+        training = tiny_config().training.model_dump() | {"steps": 4000}
+        assert served.ask(tiny_config(training=training, runtime=runtime)).returncode == 0
+        served.until("Task run 'show selection' - Finished")
+        time.sleep(3)
+        (server,) = (pid for pid in servers_of(served.root) if b"flows.server" in command_of(pid))
+        os.kill(server, signal.SIGKILL)
+        assert served.process.wait(150) == 1
+        assert "error: Prefect's server ended (exit -9): see" in served.out.read_text()
+        assert servers_of(served.root) == []
+    finally:
+        if served.process.poll() is None:
+            os.killpg(served.process.pid, signal.SIGKILL)
+
+
+def command_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
