@@ -49,6 +49,8 @@ def serve(root: Path, port: int) -> None:
     # Runs tell the terminal that they began and ended.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     os.environ.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
+    # The second UI asks a host of its maker for settings whatever the analytics setting says (docs/ui.md).
+    os.environ.setdefault("PREFECT_SERVER_UI_V2_ENABLED", "false")
     home = Path(os.environ["PREFECT_HOME"]).expanduser()
     if (running := served_api(home)) is not None:
         raise ConfigError(
