@@ -296,13 +296,14 @@ def main() -> None:
         found |= precision(options.precision_prompts, options.budget)
         if options.dense:
             found["dense_projection"] = compare_projections(policy)
+        found["machine"] = machine()
         if options.peers:
+            write_figures(found, options.json)  # an environment of others may fail, and the rest took minutes
             for peer in ("bergson", "dattri"):
                 asked = {"peer": peer, "policy": policy, "rollouts": rollouts, "limit": options.limit}
                 found[peer] = run_peer(options.peers, asked)
             fastest = max(found[peer]["tokens_per_cpu_second"] for peer in ("bergson", "dattri"))
             found["speedup_over_the_faster_program"] = found["tokens_per_cpu_second"] / fastest
-    found["machine"] = machine()
     print(json.dumps(found, indent=1))
     write_figures(found, options.json)
 

@@ -6,7 +6,8 @@
 
 bergson, dattri and traker live in an environment of their own, which ``--python`` names; this file then runs itself
 there: ``python -m venv peers && peers/bin/pip install -c constraints.txt bergson==2.5.1 dattri==0.3.0 traker==0.3.2``.
-(With a CPU build of torch, uninstall the CUDA build of torchvision that bergson draws in: transformers trips over it.)
+(With a CPU build of torch, uninstall the CUDA builds of torchvision and torchaudio that bergson draws in: transformers
+trips over them.)
 Tokens are real ones, prompt and completion; padding is never counted. Where a peer leaves a choice, it gets the
 faster one, and what was chosen is in the figures. Loading, the first batch and writing to disk are not timed.
 """
