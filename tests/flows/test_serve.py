@@ -179,6 +179,9 @@ def test_a_stop_in_the_middle_of_a_step_leaves_no_process_and_the_run_goes_on(tm
         else:
             served.process.terminate()
         assert served.process.wait(60) == (130 if how == "Ctrl-C" else 0)
+        deadline = time.monotonic() + 15  # a step's own process ends after what watched it
+        while servers_of(root) and time.monotonic() < deadline:
+            time.sleep(0.2)
         assert servers_of(root) == []
         assert not (root / ".prefect" / "served.url").exists()
     finally:

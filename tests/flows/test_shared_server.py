@@ -29,12 +29,22 @@ pytestmark = [
 ]
 
 
-def health(url: str, auth: str | None) -> int:
-    """The status of an authenticated page; 0 when nobody answers."""
+def ask(url: str, auth: str | None) -> urllib.request.Request:
     headers = {"content-type": "application/json"}
     if auth:
         headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
-    request = urllib.request.Request(f"{url}/flow_runs/filter", data=b"{}", headers=headers)
+    return urllib.request.Request(url, data=b"{}", headers=headers)
+
+
+def online(url: str) -> list[str]:
+    """The workers of the pool that the server has heard of."""
+    with urllib.request.urlopen(ask(f"{url}/work_pools/cropi/workers/filter", AUTH), timeout=10) as response:
+        return [worker["name"] for worker in json.loads(response.read()) if worker["status"] == "ONLINE"]
+
+
+def health(url: str, auth: str | None) -> int:
+    """The status of an authenticated page; 0 when nobody answers."""
+    request = ask(f"{url}/flow_runs/filter", auth)
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
             return response.status
@@ -82,6 +92,7 @@ def team(
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "CROPI_ROOT": str(root),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "NO_COLOR": "1",
     }
     server_only = {
@@ -131,9 +142,15 @@ def test_two_workers_run_two_curricula_at_once_and_compute_no_key_twice(
         for name in "ab"
     ]
     try:
+        deadline = time.monotonic() + 90
+        while len(online(team[1])) < 2:
+            assert time.monotonic() < deadline, "two workers are not online"
+            time.sleep(0.5)
         watching = []
         for strategy in ("influence", "grad_norm"):
-            config = tiny_config(name=strategy, selection={"ratio": 0.25, "strategy": strategy})
+            training = tiny_config().training.model_dump() | {"steps": 20}  # long enough to be at once
+            chosen = {"ratio": 0.25, "strategy": strategy}
+            config = tiny_config(name=strategy, selection=chosen, training=training)
             text = json.dumps(config.model_dump(mode="json"))
             command = [PREFECT, "deployment", "run", "cropi/curriculum", "-p", f"config={text}"]
             watching.append(
