@@ -11,10 +11,11 @@ import json
 import os
 import platform
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from cropi_core.resident import peak_resident
 
 PACKAGES = ("torch", "numpy", "zarr", "numcodecs")
 
@@ -52,16 +53,13 @@ def peak_memory_mb() -> float:
 
     Pages of files mapped into memory count: a figure with a memory map in it says little about an allocator.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: in Linux a child that was started by a large process begins with its parent's peak.
-        lines = (line.split() for line in status.read_text().splitlines())
-        peak = next((int(words[1]) for words in lines if words[0] == "VmHWM:"), None)
-        if peak is not None:
-            return peak * 1024 / 1e6
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    )
+    return peak_resident() / 1e6
+
+
+def children_cpu_seconds() -> float:
+    """Return the processor time of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _cpu() -> str:

@@ -13,7 +13,6 @@ between and after, `wall_per_cpu` the seconds that each of the two took a second
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, write_figures
+from machine import children_cpu_seconds, machine, write_figures
 
 RUN = """
 import json, sys, time
@@ -52,17 +51,11 @@ FIGURES = ("seconds", "peak_memory_bytes", "disk_bytes")
 
 def call(command: list[str], label: str) -> tuple[Any, float]:
     """Run a command that prints JSON; returns it, and its seconds a second of processor time."""
-    start, before = time.monotonic(), _cpu_seconds()
+    start, before = time.monotonic(), children_cpu_seconds()
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{label} failed with exit code {done.returncode}")
-    return json.loads(done.stdout), (time.monotonic() - start) / (_cpu_seconds() - before)
-
-
-def _cpu_seconds() -> float:
-    """Return the processor time of all processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return json.loads(done.stdout), (time.monotonic() - start) / (children_cpu_seconds() - before)
 
 
 def compare(plan: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ share of a run of ten minutes is overhead / 600. `found_s` is a call of `cropi r
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, write_figures
+from machine import children_cpu_seconds, machine, write_figures
 
 STRAIGHT = """
 import sys
@@ -35,7 +34,7 @@ curriculum(config, store, lambda spec: run_step(spec, store))
 
 def timed(command: list[str], home: Path) -> dict[str, float]:
     """Run a command of this interpreter to its end; returns its seconds and processor seconds."""
-    start, before = time.monotonic(), _cpu_seconds()
+    start, before = time.monotonic(), children_cpu_seconds()
     done = subprocess.run(
         [sys.executable, *command],
         stdout=subprocess.DEVNULL,
@@ -46,12 +45,7 @@ def timed(command: list[str], home: Path) -> dict[str, float]:
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed with exit code {done.returncode}:\n{done.stderr}")
-    return {"s": time.monotonic() - start, "cpu_s": _cpu_seconds() - before}
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return {"s": time.monotonic() - start, "cpu_s": children_cpu_seconds() - before}
 
 
 def compare(config: str, override: list[str], repeats: int) -> dict[str, Any]:
