@@ -5,6 +5,8 @@ expect, so ``except ValueError`` keeps working in a notebook. The command line m
 the command or the configuration was wrong, 1 when the work failed.
 """
 
+from pydantic import ValidationError
+
 
 class CropiError(Exception):
     """Base of every error that cropi raises on purpose."""
@@ -40,3 +42,9 @@ class SelectionError(CropiError, ValueError):
 
 class StepError(CropiError, RuntimeError):
     """A step failed in its own process; carries what that process said last."""
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Say every fault that Pydantic found as ``field.field: what is wrong``, without its pages of advice."""
+    faults = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]
+    return "; ".join(f"{field}: {text}" if field else text for field, text in faults)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 from pydantic import ValidationError
 
-from cropi_core.errors import ArtifactError, ConfigError, DataError, PolicyError
+from cropi_core.errors import ArtifactError, ConfigError, DataError, PolicyError, in_one_line
 from cropi_core.import_checks import Columns, check_rollouts, check_scores, check_selection, read_columns
 from cropi_core.step_functions import CHECKPOINT, PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
 from cropi_core.steps import publish_import
@@ -97,7 +97,7 @@ def _import_rollouts(store: Store, path: Path, policy: str | None, sampling: Sam
         raw = metadata.get(SAMPLING_KEY)
         stated = Sampling.model_validate_json(raw) if raw else None
     except ValidationError as error:
-        raise DataError(f"{path}: metadata cropi.sampling is no sampling: {error}") from error
+        raise DataError(f"{path}: metadata cropi.sampling is no sampling: {in_one_line(error)}") from error
     sampling = _agreed("sampling", sampling, stated, path)
     table = check_rollouts(columns, str(path), sampling.max_new_tokens)
     table = table.replace_schema_metadata(

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from cropi_core.errors import ArtifactError
+from cropi_core.errors import ArtifactError, in_one_line
 from cropi_core.store import Store, canonical_json, write_atomic
 from data_schemas.config import Config
 from data_schemas.manifest import SCHEMA_VERSION, ArtifactRef, Manifest, RunRecord
@@ -56,7 +56,7 @@ def load_run(store: Store, run: str) -> RunRecord:
     try:
         return RunRecord.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{path} is no run record: {error}") from error
+        raise ArtifactError(f"{path} is no run record: {in_one_line(error)}") from error
 
 
 def list_runs(store: Store) -> list[str]:

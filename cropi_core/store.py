@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cropi_core.errors import ArtifactError, CropiError
+from cropi_core.errors import ArtifactError, CropiError, in_one_line
 from data_schemas.manifest import KINDS, SCHEMA_VERSION, ArtifactRef, FileEntry, Manifest
 
 MANIFEST = "manifest.json"
@@ -167,7 +167,7 @@ class Store:
         try:
             return Manifest.model_validate(raw)
         except ValidationError as error:
-            raise ArtifactError(f"{path} is no manifest: {error}") from error
+            raise ArtifactError(f"{path} is no manifest: {in_one_line(error)}") from error
 
     def faults(self, key: str) -> list[str]:
         """Compare an artifact with its manifest; every missing, changed or foreign file is one line."""

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from cropi_core import curriculum as core
 from cropi_core.configuration import PRESETS, load_config
-from cropi_core.errors import ConfigError, CropiError
+from cropi_core.errors import ConfigError, CropiError, in_one_line
 from cropi_core.runs import load_run, run_id
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
@@ -58,7 +58,7 @@ def configured(
     try:
         return Config.model_validate(changed)
     except ValidationError as error:
-        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+        raise ConfigError(in_one_line(error)) from error
 
 
 def _flow_run_name() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ValidationError
 
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, in_one_line
 from cropi_core.runs import load_run, slot_ref
 from cropi_core.store import Store
 from data_schemas.config import (
@@ -155,7 +155,7 @@ def consistent(config: Mapping[str, Any], settings: Mapping[str, Any]) -> Config
     try:
         return Config.model_validate({**config, **sections})
     except ValidationError as error:
-        raise ConfigError("; ".join(str(item["msg"]) for item in error.errors())) from error
+        raise ConfigError(in_one_line(error)) from error
 
 
 def _over(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from cropi_core.errors import ArtifactError
+from cropi_core.errors import ArtifactError, in_one_line
 from cropi_core.step_functions import METRICS_FILE
 from cropi_core.store import Store
 from data_schemas.config import Config
@@ -39,7 +39,7 @@ class Artifacts:
             self.config = Config.model_validate(record.config)
         except ValidationError as error:
             raise ArtifactError(
-                f"the record of run {record.run} holds no configuration of this program: {error}"
+                f"the record of run {record.run} holds no configuration of this program: {in_one_line(error)}"
             ) from error
 
     def manifest(self, slot: str) -> Manifest | None:

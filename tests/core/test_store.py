@@ -318,3 +318,14 @@ def test_a_moved_root_is_the_same_store(store, tmp_path):
     made = publish(store)
     shutil.move(store.root, tmp_path / "moved")
     assert Store(tmp_path / "moved").require(made).is_relative_to(tmp_path / "moved")
+
+
+def test_a_fault_is_one_line_whatever_pydantic_says(tmp_path):
+    store = Store(tmp_path)
+    key = publish(store).key
+    path = store.path(key) / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"setuings": {}, "seconds": "never"}))
+    (fault,) = store.faults(key)
+    assert "\n" not in fault
+    assert "https" not in fault
+    assert all(words in fault for words in (str(path), "setuings: Extra inputs", "seconds: Input should be"))

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from PIL import Image
 from prefect import flow
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cropi_core.progress import Progress, silent
@@ -251,7 +253,11 @@ def test_the_bar_of_a_long_step_moves_and_can_be_seen(place: Place, monkeypatch:
                 seen.append(percent()["data"])
 
     with temporary_settings({PREFECT_API_URL: f"{place.url}/api"}):
-        long_step()
+        try:
+            long_step()
+        finally:  # what sends events to this server would go on sending to it those of later tests
+            EventsWorker.drain_all(timeout=60, at_exit=False)
+            APILogWorker.drain_all(timeout=60, at_exit=False)
     assert seen == [25, 50, 75]
     page = place.browser.open(f"{place.url}/v2/runs/flow-run/{percent()['flow_run_id']}?tab=Artifacts")
     page.wait_for("PROGRESS", "rollouts/pool@1")
