@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
 from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
-from cropi_core.errors import ConfigError, SelectionError
+from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.prompts import check_disjoint
 from cropi_core.runs import load_run, new_run, now, run_id, save_run
 from cropi_core.slots import pin_for, slots, source_settings
@@ -33,22 +33,34 @@ from data_schemas.manifest import (
 )
 
 Execute = Callable[[StepSpec], StepResult]
+Approve = Callable[[int, ArtifactRef, str | None], float | None]
+"""Asked with a stage, its selection and what is wrong with that, if anything; answers with another ratio, or None."""
 
 
 class Curriculum:
     """One run under way: its configuration, its record, and the function that executes steps."""
 
-    def __init__(self, config: Config, store: Store, execute: Execute, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        execute: Execute,
+        notify: Callable[[str], None],
+        approve: Approve | None,
+    ) -> None:
         self.config = config
         self.store = store
         self.execute = execute
         self.notify = notify
+        self.approve = approve
         self.record = new_run(config)
 
     def run(self) -> RunRecord:
         """Run all stages; the record says at every moment how far it came."""
         self.store.prepare()
         try:
+            with contextlib.suppress(ArtifactError):  # the first time, or a record that cannot be read
+                self.record.approved |= load_run(self.store, self.record.run).approved
             save_run(self.store, self.record)
             self._check_pins()
             sets = self._prompts()
@@ -233,15 +245,43 @@ class Curriculum:
                 settings["selection"]["strategy"] = "random"
         elif config.needs_rollouts:
             inputs["rollouts"] = rollouts["pool"]
-        selection = self._step("selection", f"selection@{stage}", settings, inputs)
-        chosen = self._manifest(selection).summary["selected"]
-        if chosen < config.training.prompts_per_step:
-            raise SelectionError(
-                f"stage {stage} selected {chosen} prompts of {self._manifest(sets['pool']).summary['prompts']}, fewer "
-                f"than training.prompts_per_step={config.training.prompts_per_step}: enlarge the pool, raise "
-                f"selection.ratio={config.selection.ratio}, or lower training.prompts_per_step"
-            )
+        selection = self._select(stage, settings, inputs)
+        if fault := self._too_few(stage, selection):
+            raise SelectionError(fault)
         return selection, rollouts
+
+    def _select(self, stage: int, settings: dict[str, Any], inputs: dict[str, ArtifactRef]) -> ArtifactRef:
+        """Choose the subset; where a person approves it, as often as they ask for another ratio."""
+
+        def choose(ratio: float) -> ArtifactRef:
+            settings["selection"]["ratio"] = ratio
+            return self._step("selection", f"selection@{stage}", settings, inputs)
+
+        ratio = self.config.selection.ratio
+        selection = proposed = choose(ratio)
+        if self.approve is None:
+            return selection
+        if (
+            approved := self.record.approved.get(proposed.key)
+        ) is not None:  # at an earlier start of this run
+            return proposed if approved == ratio else choose(approved)
+        while (other := self.approve(stage, selection, self._too_few(stage, selection))) is not None:
+            ratio = other
+            selection = choose(ratio)
+        self.record.approved[proposed.key] = ratio
+        save_run(self.store, self.record)
+        return selection
+
+    def _too_few(self, stage: int, selection: ArtifactRef) -> str | None:
+        summary = self._manifest(selection).summary
+        config, chosen = self.config, summary["selected"]
+        if chosen >= config.training.prompts_per_step:
+            return None
+        return (
+            f"stage {stage} selected {chosen} prompts of {summary['pool']}, fewer than "
+            f"training.prompts_per_step={config.training.prompts_per_step}: enlarge the pool, raise "
+            f"selection.ratio={summary['ratio']}, or lower training.prompts_per_step"
+        )
 
     # -- whether the scores are to be believed --------------------------------------------------------------------
 
@@ -355,7 +395,12 @@ class Curriculum:
 
 
 def curriculum(
-    config: Config, store: Store, execute: Execute, *, notify: Callable[[str], None] = lambda text: None
+    config: Config,
+    store: Store,
+    execute: Execute,
+    *,
+    notify: Callable[[str], None] = lambda text: None,
+    approve: Approve | None = None,
 ) -> RunRecord:
     """Run a curriculum.
 
@@ -364,6 +409,9 @@ def curriculum(
         store: Where artifacts are found and put.
         execute: Runs one step; see :func:`cropi_core.steps.run_step`.
         notify: Told of decisions taken on the way.
+        approve: Asked before a stage trains on its selection; None trains. It raises
+            :class:`~cropi_core.errors.DeclinedError` to end the run. What was approved is kept in the record, and not
+            asked again when the run goes on.
 
     Returns:
         The finished record, also written below ``<root>/runs``.
@@ -374,7 +422,7 @@ def curriculum(
     References:
         CROPI, arXiv 2510.26491, algorithm 1.
     """
-    return Curriculum(config, store, execute, notify).run()
+    return Curriculum(config, store, execute, notify, approve).run()
 
 
 __all__ = ["Curriculum", "Execute", "curriculum", "load_run", "run_id", "slots"]

@@ -40,6 +40,10 @@ class SelectionError(CropiError, ValueError):
     """A subset cannot be chosen from these scores."""
 
 
+class DeclinedError(CropiError, RuntimeError):
+    """A person who was asked declined a selection; nothing was trained on it."""
+
+
 class StepError(CropiError, RuntimeError):
     """A step failed in its own process; carries what that process said last."""
 

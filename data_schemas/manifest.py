@@ -127,6 +127,10 @@ class RunRecord(Record):
     checks: list[StageCheck] = Field(
         default_factory=list, description="By stage; two of a stage that refreshed its trajectories."
     )
+    approved: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ratio that a person approved, by the key of the selection they were first shown.",
+    )
     status: Literal["running", "done", "failed"] = "running"
     error: str | None = None
     started: str

@@ -21,7 +21,7 @@ import typer
 from cropi_core.cli import app
 from cropi_core.cli_output import DEFAULT_ROOT, AsJson, Overrides, Root
 from cropi_core.configuration import load_config
-from cropi_core.errors import ConfigError, CropiError
+from cropi_core.errors import ConfigError, CropiError, DeclinedError
 from data_schemas.config import Config
 from data_schemas.manifest import StepName
 
@@ -37,6 +37,9 @@ def run_command(
     refresh: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Compute this step again; repeatable.")
     ] = None,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Ask before each training; y, n, or another ratio.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no HTML report.")] = False,
@@ -48,7 +51,7 @@ def run_command(
     root = root.expanduser().resolve()
     try:
         with ExitStack() as stack:
-            outcome = run_flow(settings, root, steps, stack, quiet=quiet or as_json)
+            outcome = run_flow(settings, root, steps, stack, quiet=quiet or as_json, approve=approve)
             report = None if no_report else write_html(root, outcome["run"])
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -100,7 +103,7 @@ def require_prefect(command: str) -> None:
 
 
 def run_flow(
-    config: Config, root: Path, refresh: list[StepName], stack: ExitStack, *, quiet: bool
+    config: Config, root: Path, refresh: list[StepName], stack: ExitStack, *, quiet: bool, approve: bool
 ) -> dict[str, Any]:
     """Run the flow and return the run's summary.
 
@@ -110,6 +113,10 @@ def run_flow(
         refresh: Steps to compute again.
         stack: Ends the server that is started where the user has none.
         quiet: Show no progress.
+        approve: Ask on the terminal before each training.
+
+    Raises:
+        DeclinedError: A selection was declined.
     """
     from cropi_core.store import Store
     from flows.display import watcher
@@ -133,6 +140,8 @@ def run_flow(
         server = stack.enter_context(local_server(home))
         os.environ["PREFECT_API_URL"] = server.url
     # Imported while the server comes up.
+    from prefect.states import State
+
     from flows.curriculum import curriculum
     from flows.environment import quiet_console
     from flows.server import settle
@@ -140,16 +149,20 @@ def run_flow(
 
     quiet_console()
     logging.getLogger("cropi_core").setLevel(logging.INFO)
-    if server is None:
-        with view.context(), watched_by(view):
-            return curriculum(config=config, root=str(root), refresh=refresh or None)
-    server.wait()
+    if server is not None:
+        server.wait()
     try:
         with view.context(), watched_by(view):
-            return curriculum(config=config, root=str(root), refresh=refresh or None)
+            state: State[Any] = curriculum(
+                config=config, root=str(root), refresh=refresh or None, approve=approve, return_state=True
+            )
     finally:
-        settle()
-        server.release()  # it ends while the report is written
+        if server is not None:
+            settle()
+            server.release()  # it ends while the report is written
+    if state.is_cancelled():
+        raise DeclinedError(state.message or "the selection was declined")
+    return state.result()
 
 
 def write_html(root: Path, run: str) -> Path | None:

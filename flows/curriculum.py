@@ -13,16 +13,19 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled, State
 from pydantic import Field, ValidationError
 
 from cropi_core import curriculum as core
 from cropi_core.configuration import PRESETS, load_config
-from cropi_core.errors import ConfigError, CropiError, in_one_line
+from cropi_core.errors import ConfigError, CropiError, DeclinedError, in_one_line
 from cropi_core.runs import load_run, run_id
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
+from flows.approval import in_the_ui, on_the_terminal
 from flows.environment import artifact_root
 from flows.summary import as_json, as_markdown, summarise
+from tasks.announce import announced
 from tasks.execution import Executor
 from tasks.publish import publish_run
 
@@ -98,7 +101,10 @@ def curriculum(
         list[StepName] | None,
         Field(max_length=9, description="Steps to compute again although they are there."),
     ] = None,
-) -> dict[str, Any]:
+    approve: Annotated[
+        bool, Field(description="Pause before each training, and train on what a person approves.")
+    ] = False,
+) -> dict[str, Any] | State[Any]:
     """Run a curriculum, or go on with it.
 
     Args:
@@ -110,19 +116,28 @@ def curriculum(
         seed: Seed, over the configuration's.
         ratio: Share of the pool a stage trains on, over the configuration's.
         refresh: Steps to compute again; what follows is computed if its inputs changed by that.
+        approve: Pause before each training until a person says yes, no, or another ratio.
 
     Returns:
-        The run's summary: accuracy by stage and set, what was selected, seconds, and the artifacts by slot.
+        The run's summary: accuracy by stage and set, what was selected, seconds, and the artifacts by slot. A state,
+        `Cancelled`, where a selection was declined.
     """
     log = get_run_logger()
     settings = configured(config, file, preset, stages, seed, ratio)
     execute = Executor(artifact_root(root), log, refresh or ())
     store = execute.store
     log.info("run %s under %s", run_id(settings), store.root)
+    asker = None
+    if approve:
+        watcher = execute.watcher
+        asker = on_the_terminal(store, watcher.ask) if watcher else in_the_ui(store)
     try:
-        record = core.curriculum(settings, store, execute, notify=log.warning)
-    except BaseException:
+        told = announced(execute, run_id(settings), store)
+        record = core.curriculum(settings, store, told, notify=log.warning, approve=asker)
+    except BaseException as error:
         _show(execute, load_run(store, run_id(settings)))
+        if isinstance(error, DeclinedError):
+            return Cancelled(message=str(error))
         raise
     return _show(execute, record)
 

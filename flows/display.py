@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cropi_core.checks import check_grid
+from cropi_core.errors import ConfigError
 from cropi_core.progress import Progress
 from cropi_core.steps import StepResult
 from flows.summary import SHOWN_CHECKS, RunSummary, accuracy_grid, seconds_by_step, selection_grid
@@ -69,6 +70,14 @@ class LiveWatcher:
         total = self.bars.tasks[self.bars.task_ids.index(row)].total or 1
         self.bars.update(row, completed=total, total=total, cached=result.cached)
 
+    def ask(self, question: str) -> str:
+        """Put a question below the bars, which rest meanwhile."""
+        self.bars.stop()
+        try:
+            return asked(question)
+        finally:
+            self.bars.start()
+
     def note(self, text: str) -> None:
         """Print a line above the bars."""
         self.bars.console.print(escape(text))
@@ -99,10 +108,26 @@ class PlainWatcher:
         """Print its end."""
         self.note(f"{slot}  {'cached' if result.cached else f'{result.seconds:.1f} s'}")
 
+    def ask(self, question: str) -> str:
+        """Put a question, quiet or not."""
+        return asked(question)
+
     def note(self, text: str) -> None:
         """Print a line."""
         if not self.quiet:
             print(text, file=self.stream, flush=True)
+
+
+def asked(question: str) -> str:
+    """Put a question on standard error and read a line of standard input.
+
+    Raises:
+        ConfigError: Standard input ended.
+    """
+    print(question, end="", file=sys.stderr, flush=True)
+    if not (line := sys.stdin.readline()):
+        raise ConfigError("standard input ended before --approve was answered; the same command asks again")
+    return line
 
 
 def watcher(*, quiet: bool, stream: TextIO | None = None) -> LiveWatcher | PlainWatcher:

@@ -35,6 +35,10 @@ class Watcher(Protocol):
         """Hear that it is done."""
         ...
 
+    def ask(self, question: str) -> str:
+        """Put a question to whoever watches; return the line they type."""
+        ...
+
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 

@@ -1,0 +1,135 @@
+"""A person approves a stage's selection before it is trained on: in Prefect's UI, or on the terminal of `cropi run`.
+
+The curriculum asks through a function (:data:`cropi_core.curriculum.Approve`); here are the two that can be given to
+it. In the UI the flow run is paused and its `Resume` shows the form below; a pause holds the worker's place, and ends
+after :data:`WAIT` as a failed run that goes on when it is started again.
+"""
+
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from pydantic import Field
+
+from cropi_core.curriculum import Approve
+from cropi_core.errors import DeclinedError
+from cropi_core.store import Store
+from data_schemas.manifest import ArtifactRef
+from tasks.tables import code, escaped, figure, markdown_table
+
+WAIT = timedelta(days=7)
+"""How long a run stays paused for an answer."""
+POLL_S = 5
+MOST_GROUPS = 12
+"""Sources or levels that a question lists; the page `cropi-selection` has all."""
+
+
+class Approval(RunInput):
+    """Train on this selection?"""
+
+    answer: Literal["yes", "no", "another ratio"] = Field(
+        default="yes", description="`no` ends the run; `another ratio` chooses again and asks again."
+    )
+    ratio: float | None = Field(default=None, gt=0, le=1, description="Share of the pool to choose instead.")
+
+
+def in_the_ui(store: Store) -> Approve:
+    """Ask by pausing the flow run."""
+
+    def approve(stage: int, selection: ArtifactRef, fault: str | None) -> float | None:
+        said = fault
+        while True:
+            text = as_markdown(stage, selection, store.manifest(selection).summary, said)
+            # A key of its own each time: Prefect passes over a pause whose key a retried run has used.
+            answer = pause_flow_run(
+                wait_for_input=Approval.with_initial_data(description=text),
+                timeout=int(WAIT.total_seconds()),
+                poll_interval=POLL_S,
+                key=f"stage-{stage}-{uuid.uuid4().hex[:8]}",
+            )
+            if answer.answer == "another ratio" and answer.ratio is None:
+                said = "`another ratio` was answered, and no ratio was given."
+                continue
+            return _decided(stage, selection, answer.answer, answer.ratio)
+
+    return approve
+
+
+def on_the_terminal(store: Store, ask: Callable[[str], str]) -> Approve:
+    """Ask on a terminal.
+
+    Args:
+        store: Where the selections lie.
+        ask: Shows a question and returns the line that is typed.
+    """
+
+    def approve(stage: int, selection: ArtifactRef, fault: str | None) -> float | None:
+        question = as_text(stage, selection, store.manifest(selection).summary, fault)
+        while True:
+            line = (
+                ask(f"{question}\nTrain on it? [y]es, [n]o, or another ratio such as 0.2: ").strip().lower()
+            )
+            if line in ("y", "yes", "n", "no"):
+                return _decided(stage, selection, "yes" if line[0] == "y" else "no", None)
+            try:
+                ratio = float(line)
+            except ValueError:
+                ratio = 0.0
+            if 0 < ratio <= 1:
+                return ratio
+            question = f"{line!r} is neither y nor n nor a ratio above 0 and up to 1."
+
+    return approve
+
+
+def _decided(stage: int, selection: ArtifactRef, answer: str, ratio: float | None) -> float | None:
+    if answer == "no":
+        raise DeclinedError(
+            f"stage {stage}: the selection {selection.key} was declined, and nothing was trained on it; start the run "
+            "again to be asked again, or with another ratio, metric or strategy"
+        )
+    return ratio if answer == "another ratio" else None
+
+
+def counts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what a selection holds: name and value, sources and levels by their share of what was chosen."""
+    said = [
+        ("strategy", str(summary["strategy"])),
+        ("ratio", f"{summary['ratio']:g}"),
+        ("selected", f"{summary['selected']} of {summary['pool']}, {summary['eligible']} could be"),
+    ]
+    for group in ("sources", "levels"):
+        largest = sorted(summary[group].items(), key=lambda item: -item[1]["selected"])
+        shares = [f"{name} {n['selected']} of {n['pool']}" for name, n in largest[:MOST_GROUPS]]
+        more = [f"{len(largest) - MOST_GROUPS} more"] if len(largest) > MOST_GROUPS else []
+        said.append((group, ", ".join([*shares, *more])))
+    if rates := summary["pass_rate"]:
+        edges, chosen = rates["edges"], rates["selected"]
+        total = sum(chosen) or 1
+        mean = (
+            sum(n * (low + high) / 2 for n, low, high in zip(chosen, edges, edges[1:], strict=True)) / total
+        )
+        said.append(("mean pass rate", f"about {mean:.2f}"))
+    return said
+
+
+def as_markdown(stage: int, selection: ArtifactRef, summary: dict[str, Any], fault: str | None) -> str:
+    """Write the question for the UI."""
+    rows = [[escaped(name), escaped(value)] for name, value in counts(summary)]
+    parts = [f"**Train stage {figure(stage)} on this selection?**"]
+    parts += [f"**{escaped(fault)}**"] if fault else []
+    parts += [
+        markdown_table(["", ""], rows),
+        f"Pictures: the artifact `cropi-selection`. Key: {code(selection.key)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def as_text(stage: int, selection: ArtifactRef, summary: dict[str, Any], fault: str | None) -> str:
+    """Write the question for a terminal."""
+    rows = [f"  {name:15} {value}" for name, value in counts(summary)]
+    title = f"Stage {stage}, selection {selection.key}"
+    return "\n".join([title, *rows, *([fault] if fault else [])])
