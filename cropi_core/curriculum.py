@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
 from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
-from cropi_core.errors import ArtifactError, ConfigError, SelectionError
+from cropi_core.errors import ArtifactError, ConfigError, SelectionError, WaitingError
 from cropi_core.prompts import check_disjoint
 from cropi_core.runs import load_run, new_run, now, run_id, save_run
 from cropi_core.slots import pin_for, slots, source_settings
@@ -71,6 +71,9 @@ class Curriculum:
                 selection, rollouts = self._choose(stage, policy, sets, rollouts)
                 policy = self._train(stage, policy, sets, selection)
                 self._evaluate(stage, policy, sets)
+        except WaitingError as error:
+            self._close("waiting", str(error))
+            raise
         except BaseException as error:
             with contextlib.suppress(OSError):  # a disk too full for the record must not hide why
                 self._close("failed", f"{type(error).__name__}: {error}")
@@ -410,7 +413,7 @@ def curriculum(
         execute: Runs one step; see :func:`cropi_core.steps.run_step`.
         notify: Told of decisions taken on the way.
         approve: Asked before a stage trains on its selection; None trains. It raises
-            :class:`~cropi_core.errors.DeclinedError` to end the run. What was approved is kept in the record, and not
+            :class:`~cropi_core.errors.DeclinedError` to end the run, WaitingError to put it away. What was approved is kept in the record, and not
             asked again when the run goes on.
 
     Returns:

@@ -44,6 +44,10 @@ class DeclinedError(CropiError, RuntimeError):
     """A person who was asked declined a selection; nothing was trained on it."""
 
 
+class WaitingError(CropiError, RuntimeError):
+    """A run was put away until a person has answered; it goes on from there."""
+
+
 class StepError(CropiError, RuntimeError):
     """A step failed in its own process; carries what that process said last."""
 

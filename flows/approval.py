@@ -1,27 +1,30 @@
 """A person approves a stage's selection before it is trained on: in Prefect's UI, or on the terminal of `cropi run`.
 
 The curriculum asks through a function (:data:`cropi_core.curriculum.Approve`); here are the two that can be given to
-it. In the UI the flow run is paused and its `Resume` shows the form below; a pause holds the worker's place, and ends
-after :data:`WAIT` as a failed run that goes on when it is started again.
+it. In the UI the run's `Resume` shows the form below. A run of a deployment is suspended meanwhile: its process ends,
+and the worker is free for others; with the answer it is scheduled again, finds its steps, and the question answered.
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
-from prefect.flow_runs import pause_flow_run
+from prefect.exceptions import Pause
+from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from cropi_core.curriculum import Approve
-from cropi_core.errors import DeclinedError
+from cropi_core.errors import DeclinedError, WaitingError
 from cropi_core.store import Store
 from data_schemas.manifest import ArtifactRef
 from tasks.tables import code, escaped, figure, markdown_table
 
 WAIT = timedelta(days=7)
-"""How long a run stays paused for an answer."""
+"""How long a question can be answered; then the run fails, and asks again when it is started again."""
 POLL_S = 5
 MOST_GROUPS = 12
 """Sources or levels that a question lists; the page `cropi-selection` has all."""
@@ -31,31 +34,45 @@ class Approval(RunInput):
     """Train on this selection?"""
 
     answer: Literal["yes", "no", "another ratio"] = Field(
-        default="yes", description="`no` ends the run; `another ratio` chooses again and asks again."
+        description="`no` ends the run; `another ratio` chooses again and asks again."
     )
     ratio: float | None = Field(default=None, gt=0, le=1, description="Share of the pool to choose instead.")
 
 
 def in_the_ui(store: Store) -> Approve:
-    """Ask by pausing the flow run."""
+    """Ask by suspending the flow run; one that no deployment could start again waits in its process.
+
+    The function raises :class:`WaitingError` when the run is suspended, from the signal that Prefect ends it by.
+    """
+    asked: Counter[str] = Counter()
 
     def approve(stage: int, selection: ArtifactRef, fault: str | None) -> float | None:
         said = fault
         while True:
             text = as_markdown(stage, selection, store.manifest(selection).summary, said)
-            # A key of its own each time: Prefect passes over a pause whose key a retried run has used.
-            answer = pause_flow_run(
-                wait_for_input=Approval.with_initial_data(description=text),
-                timeout=int(WAIT.total_seconds()),
-                poll_interval=POLL_S,
-                key=f"stage-{stage}-{uuid.uuid4().hex[:8]}",
-            )
-            if answer.answer == "another ratio" and answer.ratio is None:
-                said = "`another ratio` was answered, and no ratio was given."
-                continue
-            return _decided(stage, selection, answer.answer, answer.ratio)
+            asked[selection.key] += 1  # a run that goes on asks the same questions in the same order
+            question = f"{selection.key}-{asked[selection.key]}"
+            try:
+                answer = _put(Approval.with_initial_data(description=text), question)
+            except Pause as signal:
+                raise WaitingError(
+                    f"stage {stage}: the selection {selection.key} waits for approval"
+                ) from signal
+            if answer.answer != "another ratio" or answer.ratio is not None:
+                return _decided(stage, selection, answer.answer, answer.ratio)
+            said = "`another ratio` was answered, and no ratio was given."
 
     return approve
+
+
+def _put(form: type[Approval], question: str) -> Approval:
+    """Put a question to the UI, or return the answer it got before the run was started again."""
+    wait = int(WAIT.total_seconds())
+    if flow_run.deployment_id is not None:
+        return suspend_flow_run(wait_for_input=form, timeout=wait, key=question)
+    # A key of its own each time: Prefect passes over a pause whose key a retried run has used.
+    key = f"{question}-{uuid.uuid4().hex[:8]}"
+    return pause_flow_run(wait_for_input=form, timeout=wait, poll_interval=POLL_S, key=key)
 
 
 def on_the_terminal(store: Store, ask: Callable[[str], str]) -> Approve:
@@ -88,8 +105,8 @@ def on_the_terminal(store: Store, ask: Callable[[str], str]) -> Approve:
 def _decided(stage: int, selection: ArtifactRef, answer: str, ratio: float | None) -> float | None:
     if answer == "no":
         raise DeclinedError(
-            f"stage {stage}: the selection {selection.key} was declined, and nothing was trained on it; start the run "
-            "again to be asked again, or with another ratio, metric or strategy"
+            f"stage {stage}: the selection {selection.key} was declined, and nothing was trained on it; start a new run "
+            "to be asked again, or with another ratio, metric or strategy"
         )
     return ratio if answer == "another ratio" else None
 
@@ -107,12 +124,9 @@ def counts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         more = [f"{len(largest) - MOST_GROUPS} more"] if len(largest) > MOST_GROUPS else []
         said.append((group, ", ".join([*shares, *more])))
     if rates := summary["pass_rate"]:
-        edges, chosen = rates["edges"], rates["selected"]
-        total = sum(chosen) or 1
-        mean = (
-            sum(n * (low + high) / 2 for n, low, high in zip(chosen, edges, edges[1:], strict=True)) / total
-        )
-        said.append(("mean pass rate", f"about {mean:.2f}"))
+        chosen, bounds = rates["selected"], zip(rates["edges"][:-1], rates["edges"][1:], strict=True)
+        middle = [n * (low + high) / 2 for n, (low, high) in zip(chosen, bounds, strict=True)]
+        said.append(("mean pass rate", f"about {sum(middle) / max(sum(chosen), 1):.2f}"))
     return said
 
 

@@ -1,9 +1,9 @@
-"""The command `cropi`: the library's commands, and `run` and `serve`, which go through Prefect.
+"""The command `cropi`: the library's commands, and `run`, `serve` and `automations`, which go through Prefect.
 
     cropi run demo --root .cropi -o stages=1
     cropi serve
 
-Prefect is imported inside these two only; every other command works where it is not installed.
+Prefect is imported inside these only; every other command works where it is not installed.
 """
 
 import gc
@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -76,6 +77,36 @@ def serve_command(
     except KeyboardInterrupt:
         print("stopped; artifacts and runs are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command("automations")
+def automations_command(
+    root: Root = DEFAULT_ROOT,
+    notify: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE/NAME", help="Send messages to this notification block of the server."),
+    ] = None,
+    silence: Annotated[
+        int, typer.Option(min=10, metavar="SECONDS", help="A run not heard of for so long is Crashed.")
+    ] = 540,
+) -> None:
+    """Have Prefect's server send messages, and record runs whose process is gone."""
+    require_prefect("automations")
+    from flows.environment import check_api, prepare, served_api
+
+    root = root.expanduser().resolve()
+    url = prepare(root) or served_api(Path(os.environ["PREFECT_HOME"]).expanduser())
+    if url is None:
+        raise ConfigError(
+            f"no server: PREFECT_API_URL names none, and `cropi serve` does not serve {root}; automations are the "
+            "server's, so start it first"
+        )
+    os.environ["PREFECT_API_URL"] = url
+    check_api(url)
+    from flows.automations import install
+
+    for name in install(notify, timedelta(seconds=silence)):
+        print(name)
 
 
 def checked_steps(names: list[str]) -> list[StepName]:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from cropi_core import curriculum as core
 from cropi_core.configuration import PRESETS, load_config
-from cropi_core.errors import ConfigError, CropiError, DeclinedError, in_one_line
+from cropi_core.errors import ConfigError, CropiError, DeclinedError, WaitingError, in_one_line
 from cropi_core.runs import load_run, run_id
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
@@ -138,6 +138,8 @@ def curriculum(
         _show(execute, load_run(store, run_id(settings)))
         if isinstance(error, DeclinedError):
             return Cancelled(message=str(error))
+        if isinstance(error, WaitingError) and error.__cause__:
+            raise error.__cause__ from None  # Prefect's own signal, which ends the process and not the run
         raise
     return _show(execute, record)
 

@@ -100,6 +100,7 @@ async def _work(server: LocalServer, root: Path) -> None:
     from prefect.types.entrypoint import EntrypointType
 
     from flows import single
+    from flows.automations import install
     from flows.curriculum import curriculum
 
     # Its schedules stay on: a person turned them on in the UI, and nobody would turn them on again.
@@ -128,6 +129,8 @@ async def _work(server: LocalServer, root: Path) -> None:
             tags=["cropi", "served"],
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
+    # After `kill -9` of this command nobody would ever end its run; the server's next start still knows this.
+    await asyncio.to_thread(install, None, renew=False)
     print(_greeting(server, root, [f"{flow.name}/{DEPLOYMENT}" for flow in flows]), flush=True)
     working = asyncio.create_task(runner.start())
     try:

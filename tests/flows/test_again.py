@@ -1,0 +1,145 @@
+"""Steps again, through a server: cancelled in the UI, failed and retried, gone on with from a rescore."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cropi_core.runs import load_run, run_id
+from cropi_core.store import Store
+from data_schemas.config import Config
+from tests.flows.conftest import tiny_config
+from tests.flows.test_cli import CHECKOUT, CROPI, person, servers_of, written
+from tests.flows.test_deployment import PREFECT, answer, free_port
+from tests.flows.test_serve import Served, command_of
+
+SUBPROCESSES = {"device": "cpu", "threads": 1, "mode": "subprocess", "save_steps": 5}
+
+
+class Desk:
+    """A person with a terminal and the UI, beside `cropi serve`."""
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.store = served, Store(served.root)
+
+    def start(self, config: Config) -> str:
+        known = {run["id"] for run in answer(f"{self.served.url}/flow_runs/filter", {})}
+        done = self.served.ask(config)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (new,) = [r for r in answer(f"{self.served.url}/flow_runs/filter", {}) if r["id"] not in known]
+        return new["id"]
+
+    def until(self, flow_run: str, state: str, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while (found := answer(f"{self.served.url}/flow_runs/{flow_run}")["state"])["name"] != state:
+            assert time.monotonic() < deadline, (found, self.served.out.read_text()[-3000:])
+            time.sleep(0.3)
+
+    def prefect(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [PREFECT, *arguments],
+            env=person(PREFECT_API_URL=self.served.url, PREFECT_HOME=str(self.served.root / ".prefect")),
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def work_of(self, pattern: str, seconds: float = 240) -> Path:
+        """Wait for a file of work in progress."""
+        deadline = time.monotonic() + seconds
+        while not (found := sorted((self.served.root / ".work").glob(pattern))):
+            assert time.monotonic() < deadline, self.served.out.read_text()[-3000:]
+            time.sleep(0.1)
+        return found[0]
+
+    def manifest(self, config: Config, slot: str):
+        return self.store.manifest(load_run(self.store, run_id(config)).slots[slot].ref)
+
+    def steps(self) -> list[int]:
+        """Processes of a step: a run's child."""
+        return [pid for pid in servers_of(self.served.root) if b"\0step\0" in command_of(pid)]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    place = tmp_path_factory.mktemp("again")
+    served = Served(place / "root", free_port(), place / "out")
+    try:
+        yield Desk(served)
+    finally:
+        served.process.send_signal(signal.SIGTERM)
+        try:
+            served.process.wait(60)
+        finally:
+            if served.process.poll() is None:
+                os.killpg(served.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_run_cancelled_in_the_ui_leaves_no_process_and_goes_on_when_retried(desk: Desk):
+    training = tiny_config().training.model_dump() | {"steps": 120}
+    config = tiny_config(name="cancelled", training=training, runtime=SUBPROCESSES)
+    idle = set(servers_of(desk.served.root))
+    flow_run = desk.start(config)
+    desk.work_of("policy-*/.scratch/**/checkpoint-*")
+    assert len(set(servers_of(desk.served.root)) - idle) >= 2  # the run, its step
+    state = {"state": {"type": "CANCELLING"}}
+    assert answer(f"{desk.served.url}/flow_runs/{flow_run}/set_state", state)["status"] == "ACCEPT"
+    desk.until(flow_run, "Cancelled")
+    deadline = time.monotonic() + 15
+    while (left := set(servers_of(desk.served.root)) - idle) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, [command_of(pid) for pid in left]
+    desk.prefect("flow-run", "retry", flow_run)
+    desk.until(flow_run, "Completed")
+    assert desk.manifest(config, "policy@1").resumed
+
+
+@pytest.mark.slow
+def test_a_failed_run_that_is_retried_goes_on_inside_the_failed_step(desk: Desk):
+    rollouts = tiny_config().rollouts.model_dump() | {"shard_prompts": 1}
+    config = tiny_config(name="failed", seed=7, rollouts=rollouts, runtime=SUBPROCESSES)
+    flow_run = desk.start(config)
+    first = desk.work_of("rollouts-*/parts/part-00000.parquet")
+    mark = (first.stat().st_ino, first.stat().st_mtime_ns)
+    for pid in desk.steps():
+        os.kill(pid, signal.SIGKILL)
+    desk.until(flow_run, "Failed")
+    assert first.exists()
+    desk.prefect("flow-run", "retry", flow_run)
+    desk.until(flow_run, "Completed")
+    pool = desk.manifest(config, "rollouts/pool@1")
+    assert pool.resumed
+    kept = desk.store.path(pool.key) / "parts" / first.name
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == mark
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_rescore(desk: Desk, tmp_path: Path):
+    config = tiny_config(name="rescored", seed=3)
+    flow_run = desk.start(config)
+    desk.until(flow_run, "Completed")
+    before = load_run(desk.store, run_id(config))
+    known = set(desk.store.keys("scores"))
+    desk.prefect(
+        "deployment", "run", "cropi-scores/local", "-p", f"run={before.run}", "-p", "metric=dot", "--watch"
+    )
+    (key,) = set(desk.store.keys("scores")) - known
+    assert load_run(desk.store, before.run) == before  # only looked at, so far
+    command = [*CROPI, "run", str(written(tmp_path / "tiny.yaml", name="rescored", seed=3)), "--no-report"]
+    command += ["--root", str(desk.served.root), "-o", f"pin.scores@1={key}"]
+    done = subprocess.run(command, env=person(), cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    went_on = config.model_copy(update={"pin": {"scores@1": key}})
+    after = load_run(desk.store, run_id(went_on))
+    assert after.slots["scores@1"].origin == "pinned"
+    assert after.slots["gradients/pool@1"].origin == "cached"
+    assert after.slots["selection@1"].ref.key != before.slots["selection@1"].ref.key
+    assert desk.store.manifest(after.slots["selection@1"].ref).inputs["scores"].key == key
