@@ -60,7 +60,7 @@ class Curriculum:
         self.store.prepare()
         try:
             with contextlib.suppress(ArtifactError):  # the first time, or a record that cannot be read
-                self.record.approved |= load_run(self.store, self.record.run).approved
+                self.record.approved.update(load_run(self.store, self.record.run).approved)
             save_run(self.store, self.record)
             self._check_pins()
             sets = self._prompts()
@@ -413,8 +413,8 @@ def curriculum(
         execute: Runs one step; see :func:`cropi_core.steps.run_step`.
         notify: Told of decisions taken on the way.
         approve: Asked before a stage trains on its selection; None trains. It raises
-            :class:`~cropi_core.errors.DeclinedError` to end the run, WaitingError to put it away. What was approved is kept in the record, and not
-            asked again when the run goes on.
+            :class:`~cropi_core.errors.DeclinedError` to end the run, and ``WaitingError`` to put it away. What was
+            approved is kept in the record, and not asked again when the run goes on.
 
     Returns:
         The finished record, also written below ``<root>/runs``.

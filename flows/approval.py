@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prefect.exceptions import Pause
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 from pydantic import Field
 
 from cropi_core.curriculum import Approve
@@ -68,7 +68,7 @@ def in_the_ui(store: Store) -> Approve:
 def _put(form: type[Approval], question: str) -> Approval:
     """Put a question to the UI, or return the answer it got before the run was started again."""
     wait = int(WAIT.total_seconds())
-    if flow_run.deployment_id is not None:
+    if deployment.id is not None:
         return suspend_flow_run(wait_for_input=form, timeout=wait, key=question)
     # A key of its own each time: Prefect passes over a pause whose key a retried run has used.
     key = f"{question}-{uuid.uuid4().hex[:8]}"
@@ -105,8 +105,8 @@ def on_the_terminal(store: Store, ask: Callable[[str], str]) -> Approve:
 def _decided(stage: int, selection: ArtifactRef, answer: str, ratio: float | None) -> float | None:
     if answer == "no":
         raise DeclinedError(
-            f"stage {stage}: the selection {selection.key} was declined, and nothing was trained on it; start a new run "
-            "to be asked again, or with another ratio, metric or strategy"
+            f"stage {stage}: the selection {selection.key} was declined, and nothing was trained on it; start a new "
+            "run to be asked again, or with another ratio, metric or strategy"
         )
     return ratio if answer == "another ratio" else None
 

@@ -148,11 +148,10 @@ def install(notify: str | None, after: timedelta = SILENCE, *, renew: bool = Tru
                 ) from error
             wanted += messages(block.id)
         for automation in wanted:
-            there = client.find_automation(automation.name)
-            if there is None:
-                client.create_automation(AutomationCore(**automation.model_dump(exclude=OF_THE_SERVER)))
+            core = AutomationCore(**automation.model_dump(exclude=OF_THE_SERVER))
+            if (there := client.find_automation(automation.name)) is None:
+                client.create_automation(core)
             elif renew:
-                # Whoever turned one off in the UI did not want it on again.
-                changed = automation.model_dump(exclude=OF_THE_SERVER) | {"enabled": there.enabled}
-                client.update_automation(there.id, AutomationCore(**changed))
+                core.enabled = there.enabled  # whoever turned one off in the UI did not want it on again
+                client.update_automation(there.id, core)
     return [automation.name for automation in wanted]

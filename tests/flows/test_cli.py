@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -73,6 +74,17 @@ def test_a_run_and_the_same_run_again(tmp_path: Path):
     assert {slot["origin"] for slot in told["slots"].values()} == {"cached"}
     assert told["report"] is None
     assert servers_of(root) == []
+    # Prefect's database is lost, and its records: a fresh server finds everything, and shows it.
+    shutil.rmtree(root / ".prefect")
+    shutil.rmtree(root / ".prefect-results")
+    out, err = (third := start(config, root, "--no-report", "--json")).communicate(timeout=200)
+    assert third.returncode == 0, err
+    assert json.loads(out)["slots"] == told["slots"]
+    with sqlite3.connect(root / ".prefect" / "prefect.db") as database:
+        pages = {key for (key,) in database.execute("select key from artifact")}
+        runs = database.execute("select name, state_name from flow_run").fetchall()
+    assert {"cropi-run", "cropi-scores", "cropi-selection", "cropi-evaluation"} <= pages
+    assert runs == [(told["run"], "Completed")]
     with sqlite3.connect(root / ".prefect" / "prefect.db") as database:
         query = "select state_name, count(*) from task_run group by state_name"
         states = dict(database.execute(query).fetchall())

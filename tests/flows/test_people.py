@@ -231,7 +231,10 @@ class Terminal:
         deadline = time.monotonic() + seconds
         while words not in self.seen:
             assert time.monotonic() < deadline, self.seen[-3000:]
-            self.seen += os.read(self.screen, 65536).decode(errors="replace")
+            try:
+                self.seen += os.read(self.screen, 65536).decode(errors="replace")
+            except OSError:
+                raise AssertionError(f"it ended: {self.seen[-3000:]}") from None
 
     def type(self, line: str) -> None:
         self.seen = ""
