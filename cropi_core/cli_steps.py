@@ -39,6 +39,9 @@ def rollouts(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     shard_prompts: Annotated[int, typer.Option(min=1, help="Prompts a part.")] = 64,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What samples: here, or servers of vLLM.")
+    ] = "transformers",
     override: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,6 +64,7 @@ def rollouts(
             seed=seed,
             shard_prompts=shard_prompts,
             report=report,
+            engine=engine,
             **sections,
         )
     print_summary(summary, as_json)

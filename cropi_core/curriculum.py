@@ -21,7 +21,7 @@ from cropi_core.runs import load_run, new_run, now, run_id, save_run
 from cropi_core.slots import pin_for, slots, source_settings
 from cropi_core.steps import StepResult
 from cropi_core.store import Store, is_full
-from data_schemas.config import Config
+from data_schemas.config import Config, Engine
 from data_schemas.manifest import (
     ArtifactRef,
     Manifest,
@@ -198,9 +198,17 @@ class Curriculum:
             "sampling": sampling.model_dump(),
             "seed": self.config.seed + 1000 * (stage - 1) + seed,
             "shard_prompts": rollouts.shard_prompts,
+            **_engine(rollouts.engine),
         }
         inputs = {"policy": policy, "prompts": prompts}
-        return self._step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
+        ref = self._step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
+        self._warn(f"rollouts/{name}@{stage}", ref)
+        return ref
+
+    def _warn(self, slot: str, ref: ArtifactRef) -> None:
+        """Note what an artifact's own figures warn of."""
+        if warning := self._manifest(ref).summary.get("parity", {}).get("warning"):
+            self._note(f"{slot}: {warning}")
 
     def _gradients(
         self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
@@ -393,8 +401,17 @@ class Curriculum:
     def _evaluate(self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]) -> None:
         names = [*self.config.data.validation, *self.config.data.test]
         inputs = {"policy": policy} | {f"prompts.{name}": sets[name] for name in names}
-        settings = {**self._model_settings(), "evaluation": self.config.evaluation.model_dump()}
-        self._step("evaluation", f"evaluation@{stage}", settings, inputs)
+        evaluation = self.config.evaluation.model_dump(exclude={"engine"}) | _engine(
+            self.config.evaluation.engine
+        )
+        settings = {**self._model_settings(), "evaluation": evaluation}
+        ref = self._step("evaluation", f"evaluation@{stage}", settings, inputs)
+        self._warn(f"evaluation@{stage}", ref)
+
+
+def _engine(engine: Engine) -> dict[str, str]:
+    """Return what the key says of an engine: the first one is not named, so that older artifacts are still found."""
+    return {} if engine == "transformers" else {"engine": engine}
 
 
 def curriculum(

@@ -52,6 +52,10 @@ class StepError(CropiError, RuntimeError):
     """A step failed in its own process; carries what that process said last."""
 
 
+class ServerError(CropiError, RuntimeError):
+    """A server that samples failed, serves something else, or answers what cannot be used; says which and what."""
+
+
 def in_one_line(error: ValidationError) -> str:
     """Say every fault that Pydantic found as ``field.field: what is wrong``, without its pages of advice."""
     faults = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False)]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cropi_core.engines import open_sampler
 from cropi_core.errors import DataError
 from cropi_core.progress import Progress, Report
 from cropi_core.prompts import read_prompts
-from cropi_core.rollouts import collect, list_lengths, read_rollouts
+from cropi_core.rollouts import collect, list_lengths, parity_summary, read_rollouts
 from cropi_core.store import write_atomic
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import EVALUATION
@@ -42,6 +43,7 @@ def evaluate(
     dtype: str,
     runtime: Runtime,
     report: Report,
+    logs: Path | None = None,
     keep_scratch: bool = False,
 ) -> dict[str, Any]:
     """Sample, grade and average every set, going on from the shards in ``scratch``.
@@ -56,8 +58,9 @@ def evaluate(
         settings: Sampling and seed.
         grading: Limits of the verifier.
         dtype: Weights' type.
-        runtime: Device, threads and rows generated together.
+        runtime: Device, threads and rows generated together; servers of vLLM.
         report: Told the prompts done, over all sets.
+        logs: Directory for the logs of servers that are started; default: beside ``completions``.
         keep_scratch: Leave ``scratch`` to the caller, who has more to do before a stop may cost nothing.
 
     Returns:
@@ -70,24 +73,33 @@ def evaluate(
         raise DataError("there is no set to evaluate; name at least one under data.validation or data.test")
     sizes = {name: read_prompts(path).num_rows for name, path in sorted(sets.items())}
     tables: list[pa.Table] = []
-    for name in sizes:
-        collect(
-            policy=policy,
-            policy_digest=policy_digest,
-            prompts=sets[name],
-            out=scratch / name,
-            sampling=settings.sampling,
-            grading=grading,
-            dtype=dtype,
-            seed=settings.seed,
-            shard_prompts=SHARD_PROMPTS,
-            runtime=runtime,
-            report=_within(report, sum(t.num_rows for t in tables) // settings.sampling.samples, sizes, name),
-        )
-        tables.append(evaluation_table(name, read_rollouts(scratch / name)))
+    logs = logs or completions.with_name("vllm.logs")
+    with open_sampler(settings.engine, policy=policy, dtype=dtype, runtime=runtime, logs=logs) as sampler:
+        for name in sizes:
+            collect(
+                policy=policy,
+                policy_digest=policy_digest,
+                prompts=sets[name],
+                out=scratch / name,
+                sampling=settings.sampling,
+                grading=grading,
+                dtype=dtype,
+                seed=settings.seed,
+                shard_prompts=SHARD_PROMPTS,
+                runtime=runtime,
+                report=_within(
+                    report, sum(t.num_rows for t in tables) // settings.sampling.samples, sizes, name
+                ),
+                engine=settings.engine,
+                sampler=sampler,
+            )
+            tables.append(evaluation_table(name, read_rollouts(scratch / name)))
     results = {name: set_accuracy(table, name) for name, table in zip(sizes, tables, strict=True)}
     write_parquet(pa.concat_tables(tables).combine_chunks(), completions)
     write_atomic(accuracy, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    parity = {}
+    if settings.engine == "vllm":
+        parity = {"parity": parity_summary([scratch / name for name in sizes], dtype, runtime.vllm)}
     if not keep_scratch:
         shutil.rmtree(scratch)
     shown = ("accuracy", "low", "high", "prompts", "completions", "not_gradable")
@@ -96,6 +108,7 @@ def evaluate(
         "completions": sum(table.num_rows for table in tables),
         "tokens": sum(int(table["tokens"].to_numpy().sum()) for table in tables),
         "samples": settings.sampling.samples,
+        **parity,
     }
 
 

@@ -6,24 +6,27 @@ way. The policy's digest, the sampling settings and the seed travel in every par
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from cropi_core.engines import Sampled, Sampler, open_sampler
 from cropi_core.errors import DataError
-from cropi_core.policy import load_policy, render
+from cropi_core.parity import Parity
 from cropi_core.progress import Progress, Report
 from cropi_core.prompts import read_prompts
-from cropi_core.sampling import sample
 from cropi_core.tables import write_parquet
 from cropi_core.verifiers import Grade, Verifier
+from cropi_core.vllm.checks import limits_of
 from data_schemas.arrow import ROLLOUTS
-from data_schemas.config import Grading, Runtime, Sampling
+from data_schemas.config import Engine, Grading, Runtime, Sampling, Vllm
+
+PARITY = b"cropi.parity"
+"""Metadata of a part by vLLM: the comparison of a few of its completions."""
 
 
 def collect(
@@ -39,6 +42,9 @@ def collect(
     shard_prompts: int,
     runtime: Runtime,
     report: Report,
+    engine: Engine = "transformers",
+    logs: Path | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Sample and grade completions of every prompt into ``out/part-*.parquet``, going on from the parts there.
 
@@ -52,15 +58,20 @@ def collect(
         dtype: Weights' type.
         seed: See :func:`cropi_core.sampling.sample`.
         shard_prompts: Prompts a part.
-        runtime: Device, threads and rows generated together.
+        runtime: Device, threads and rows generated together; servers of vLLM.
         report: Told the prompts done.
+        engine: What samples: transformers here, or servers of vLLM.
+        logs: Directory for the logs of servers that are started; default: ``out`` with ``.logs`` behind its name.
+        sampler: One that is open already, of this engine and policy.
 
     Returns:
-        Summary: counts, mean reward, share truncated and not gradable, pass rates by source.
+        Summary: counts, mean reward, share truncated and not gradable, pass rates by source; with vLLM also how far its
+        log-probabilities are from our own forward (:mod:`cropi_core.parity`).
 
     Raises:
         DataError: A prompt is too long for the policy.
         PolicyError: The checkpoint cannot be used.
+        ServerError: Servers of vLLM are missing, wrong, gone, or compute other log-probabilities.
     """
     table = read_prompts(prompts)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,47 +82,63 @@ def collect(
         b"cropi.sampling": sampling.model_dump_json().encode(),
         b"cropi.seed": str(seed).encode(),
     }
-    missing = [i for i in range(len(shards)) if not part_path(out, i).exists()]
+    missing = {i: shard for i, shard in enumerate(shards) if not part_path(out, i).exists()}
+    done = len(rows) - sum(map(len, missing.values()))
     if missing:
-        if runtime.threads:
-            torch.set_num_threads(runtime.threads)
-        model, tokenizer = load_policy(policy, dtype, runtime.device)
-        with Verifier(timeout=grading.timeout_s, memory_mb=grading.memory_mb) as verifier:
-            for i in missing:
-                done = sum(len(s) for j, s in enumerate(shards) if j < i)
-                report(Progress(done, len(rows), "prompt"))
-                part = _shard(model, tokenizer, verifier, shards[i], sampling, seed, runtime.generation_rows)
-                write_parquet(part.replace_schema_metadata(metadata), part_path(out, i))
+        with ExitStack() as stack:
+            verifier = stack.enter_context(Verifier(timeout=grading.timeout_s, memory_mb=grading.memory_mb))
+            if sampler is None:
+                logs = logs or out.with_name(f"{out.name}.logs")
+                sampler = stack.enter_context(
+                    open_sampler(engine, policy=policy, dtype=dtype, runtime=runtime, logs=logs)
+                )
+            start = Progress(done, len(rows), "prompt")
+            for shard in sampler.sample(missing, sampling, seed=seed, ready=lambda: report(start)):
+                part = _graded(verifier, shards[shard.index], shard)
+                said = {PARITY: shard.parity.to_json().encode()} if shard.parity else {}
+                write_parquet(part.replace_schema_metadata(metadata | said), part_path(out, shard.index))
+                done += len(shards[shard.index])
+                if done < len(rows):
+                    report(Progress(done, len(rows), "prompt"))
     report(Progress(len(rows), len(rows), "prompt"))
-    return summarise(
-        read_rollouts(out),
-        dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True)),
-    )
+    sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    summary = summarise(read_rollouts(out), sources)
+    return summary | ({"parity": parity_summary([out], dtype, runtime.vllm)} if engine == "vllm" else {})
 
 
-def _shard(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    verifier: Verifier,
-    rows: list[dict[str, Any]],
-    sampling: Sampling,
-    seed: int,
-    batch: int,
-) -> pa.Table:
-    """Sample and grade one shard of prompts."""
-    prompt_ids = {row["prompt_id"]: render(tokenizer, row["messages"]) for row in rows}
-    groups = sample(model, tokenizer, list(prompt_ids.items()), sampling, seed=seed, rows=batch)
+def parity_summary(directories: list[Path], dtype: str, settings: Vllm) -> dict[str, Any]:
+    """Add up the comparisons of all parts below some directories, and hold them against the limits.
+
+    Returns:
+        :meth:`cropi_core.parity.Parity.summary`, ``mean_limit``, ``max_limit`` and ``warning`` (empty: none passed).
+    """
+    found = Parity()
+    for path in [path for directory in directories for path in sorted(directory.glob("part-*.parquet"))]:
+        found += Parity.from_json((pq.read_schema(path).metadata or {})[PARITY])
+    mean, single = limits_of(settings, dtype)
+    warning = ""
+    if found.maximum > single:
+        warning = (
+            f"a token's log-probability by vLLM is {found.maximum:.3g} from our own forward in float32, above "
+            f"runtime.vllm.max_difference={single:g} (mean {found.mean:.3g} over {found.tokens} tokens)"
+        )
+    return found.summary() | {"mean_limit": mean, "max_limit": single, "warning": warning}
+
+
+def _graded(verifier: Verifier, rows: list[dict[str, Any]], shard: Sampled) -> pa.Table:
+    """Grade one shard's completions."""
     records: list[dict[str, Any]] = []
     items = []
-    for row, group in zip(rows, groups, strict=True):
-        for i, completion in enumerate(group):
-            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    for row, (prompt_id, ids), group, texts in zip(
+        rows, shard.prompts, shard.groups, shard.texts, strict=True
+    ):
+        for i, (completion, text) in enumerate(zip(group, texts, strict=True)):
             items.append((row["verifier"], text, row["answer"]))
             records.append(
                 {
-                    "prompt_id": row["prompt_id"],
+                    "prompt_id": prompt_id,
                     "sample": i,
-                    "prompt_ids": prompt_ids[row["prompt_id"]],
+                    "prompt_ids": ids,
                     "completion_ids": completion.ids,
                     "behavior_logprobs": completion.logprobs,
                     "text": text,

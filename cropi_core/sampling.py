@@ -83,6 +83,23 @@ def draw(logprobs: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, point, right=True)
 
 
+def check_lengths(
+    model: PreTrainedModel, prompts: Sequence[tuple[str, list[int]]], sampling: Sampling
+) -> None:
+    """See that every prompt and its completion fit the model's context.
+
+    Raises:
+        DataError: One does not.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for prompt_id, ids in prompts:
+        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
+            raise DataError(
+                f"prompt {prompt_id} has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} it passes "
+                f"the policy's context of {limit}"
+            )
+
+
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
@@ -106,13 +123,7 @@ def sample(
     Raises:
         DataError: A prompt and its completion do not fit the model's context.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    for prompt_id, ids in prompts:
-        if limit is not None and len(ids) + sampling.max_new_tokens > limit:
-            raise DataError(
-                f"prompt {prompt_id} has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} it passes "
-                f"the policy's context of {limit}"
-            )
+    check_lengths(model, prompts, sampling)
     jobs = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples)]
     jobs.sort(key=lambda job: len(prompts[job[0]][1]))  # rows of one length together: little padding
     results: list[list[Completion | None]] = [[None] * sampling.samples for _ in prompts]

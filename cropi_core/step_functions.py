@@ -89,6 +89,8 @@ def rollouts_step(work: Work) -> dict[str, Any]:
         shard_prompts=settings["shard_prompts"],
         runtime=work.runtime,
         report=work.report,
+        engine=settings.get("engine", "transformers"),
+        logs=work.logs,
     )
 
 
@@ -208,5 +210,6 @@ def evaluation_step(work: Work) -> dict[str, Any]:
         dtype=settings["dtype"],
         runtime=work.runtime,
         report=work.report,
+        logs=work.logs,
         keep_scratch=True,  # until the manifest is there
     )

@@ -64,6 +64,7 @@ class Work:
         spec: The step.
         inputs: Directories of the input artifacts, verified, by name.
         out: Directory to fill; may hold the whole shards of an earlier attempt.
+        logs: Directory for what programs say that the step starts; stays, and is no part of the artifact.
         runtime: Device, batch sizes and the like.
         report: Called with progress.
         spread: Has gradient shards computed elsewhere.
@@ -72,6 +73,7 @@ class Work:
     spec: StepSpec
     inputs: dict[str, Path]
     out: Path
+    logs: Path
     runtime: Runtime
     report: Report
     spread: "Spread | None" = None
@@ -135,7 +137,7 @@ def _run_here(
     resumed = any(out.iterdir())
     inputs = {name: store.require(ref) for name, ref in spec.inputs.items()}
     try:
-        summary = _function(spec.step)(Work(spec, inputs, out, runtime, report, spread))
+        summary = _function(spec.step)(Work(spec, inputs, out, store.logs(key), runtime, report, spread))
         entries = file_entries(out)
         manifest = Manifest(
             kind=step_kind(spec.step),

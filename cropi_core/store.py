@@ -252,6 +252,10 @@ class Store:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
+    def logs(self, key: str) -> Path:
+        """Return the directory for the logs of programs that compute the artifact; it may not exist."""
+        return self.root / ".logs" / key
+
     def sweep(self, key: str) -> None:
         """Remove the half-written files that a killed process left in a workspace.
 

@@ -20,6 +20,8 @@ from data_schemas.sources import (
     TableSource,
     WorldSource,
 )
+from data_schemas.vllm import Engine, Vllm
+from data_schemas.vllm import contradictions as vllm_contradictions
 
 Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm"]
 Fusion = Literal["rrf", "max", "mean", "quota"]
@@ -30,11 +32,13 @@ __all__ = [
     "Columns",
     "Data",
     "Diagnostics",
+    "Engine",
     "Name",
     "PolicySource",
     "Section",
     "Source",
     "TableSource",
+    "Vllm",
     "WorldSource",
 ]
 
@@ -51,6 +55,10 @@ class Sampling(Section):
 class Rollouts(Section):
     """Collection of trajectories."""
 
+    engine: Engine = Field(
+        default="transformers",
+        description="What samples: transformers in this process, or servers of vLLM (`runtime.vllm`).",
+    )
     pool: Sampling = Sampling()
     validation: Sampling = Sampling(samples=16)
     refresh: Literal["never", "always"] = Field(
@@ -173,6 +181,7 @@ class Training(Section):
 class Evaluation(Section):
     """Accuracy on validation and test sets, before the first stage and after each."""
 
+    engine: Engine = Field(default="transformers", description="What samples; as `rollouts.engine`.")
     sampling: Sampling = Sampling(samples=4)
     seed: int = Field(default=1234, description="Not the rollouts' seed.")
 
@@ -207,6 +216,7 @@ class Runtime(Section):
     )
     workers: int = Field(default=1, ge=1, description="Processes computing gradient shards.")
     ray: Ray | None = Field(default=None, description="Gradient shards on a Ray cluster instead.")
+    vllm: Vllm = Field(default=Vllm(), description="Servers of vLLM.")
     train_micro_batch: int = Field(default=64, ge=1, description="Completions in one training forward.")
     save_steps: int = Field(default=5, ge=1, description="Training steps between checkpoints inside a stage.")
 
@@ -274,7 +284,7 @@ class Config(Section):
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "
                 f"diagnostics.spot_check={self.diagnostics.spot_check}: a correlation takes 3 prompts, better 100"
             )
-        return faults + self._wrong_names() + self._wrong_ray()
+        return faults + self._wrong_names() + self._wrong_ray() + vllm_contradictions(self)
 
     def _wrong_names(self) -> list[str]:
         """List set names that something else is called by."""

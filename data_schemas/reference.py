@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, WorldSource
+from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, Vllm, WorldSource
 
 HEADER = """# Configuration
 
@@ -26,6 +26,7 @@ def reference() -> str:
             parts.append(_table(f"`{name}`", model))
     for title, model in [
         ("`runtime.ray`", Ray),
+        ("`runtime.vllm`", Vllm),
         ("A world source (`kind: world`)", WorldSource),
         ("A table source (`kind: file` or `kind: hub`)", TableSource),
         ("`columns` of a table source", Columns),

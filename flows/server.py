@@ -12,7 +12,6 @@ The process ends when its standard input does, so it cannot outlive the command,
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from cropi_core.errors import CropiError
+from cropi_core.loopback import free_port
 
 STARTUP_S = 180.0
 """The first start writes the database's tables, 20 s on two busy cores."""
@@ -117,13 +117,6 @@ def answers(url: str) -> bool:
             return answer.status == 200
     except (OSError, HTTPException):
         return False
-
-
-def free_port() -> int:
-    """Ask the system for a loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def settle(timeout: float = 10.0) -> None:

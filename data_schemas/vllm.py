@@ -1,0 +1,143 @@
+"""The section ``runtime.vllm``: the servers of vLLM that completions are sampled by, and what cannot hold with them."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from data_schemas.sources import Section
+
+if TYPE_CHECKING:
+    from data_schemas.config import Config
+
+Engine = Literal["transformers", "vllm"]
+
+OURS = (
+    "--model",
+    "--served-model-name",
+    "--dtype",
+    "--host",
+    "--port",
+    "--uds",
+    "--api-key",
+    "--logprobs-mode",
+    "--generation-config",
+    "--load-format",
+    "--trust-remote-code",
+)
+"""Arguments that a server we start gets from us; others with these names are refused."""
+
+
+class Vllm(Section):
+    """Servers of vLLM, for `rollouts.engine` and `evaluation.engine`; part of no key."""
+
+    base_urls: list[Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]] = Field(
+        default_factory=list,
+        description="Servers that run, `http://host:8000/v1`; empty: they are started for the time of a step.",
+    )
+    model: str | None = Field(
+        default=None, description="`base_urls`: name of the served model; empty: the only one."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Interpreter with vLLM; empty: `CROPI_VLLM_PYTHON`, else `.venv-vllm` of the checkout.",
+    )
+    servers: int = Field(default=1, ge=1, le=256, description="Servers to start.")
+    gpus: list[str] = Field(
+        default_factory=list, description="`CUDA_VISIBLE_DEVICES` of each server; empty: as it is here."
+    )
+    arguments: list[str] = Field(
+        default_factory=list, description="More arguments of each server, such as `--max-num-seqs=512`."
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="More environment variables of each server; no secrets."
+    )
+    start_timeout_s: float = Field(default=900.0, gt=0, description="A server must answer within this.")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="A request must be answered within.")
+    recovery_s: float = Field(
+        default=30.0, ge=0, description="A server that fails is taken out when it is not healthy within this."
+    )
+    retries: int = Field(default=4, ge=0, le=100, description="Of one request, on any server.")
+    concurrency: int = Field(
+        default=64, ge=1, le=4096, description="Requests in flight a server; each is a prompt, all samples."
+    )
+    parity_completions: int = Field(
+        default=8, ge=1, description="Completions a shard that are compared with our own forward."
+    )
+    parity_device: str = Field(
+        default="cpu", description="Where that forward runs; the GPUs are the servers'."
+    )
+    max_mean_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest mean |Δ log-probability| of a shard, beyond it the step stops; "
+        "empty: 0.001 in float32, 0.05 in bfloat16.",
+    )
+    max_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest |Δ log-probability| of a token, beyond it the run notes a warning; "
+        "empty: 0.02 in float32, 1.0 in bfloat16.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Vllm":
+        if faults := self._contradictions():
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _contradictions(self) -> list[str]:
+        """List the settings that cannot hold together, each with its values and what to change."""
+        faults = []
+        ours = [a for a in self.arguments if a.partition("=")[0].replace("_", "-") in OURS]
+        if ours:
+            faults.append(
+                f"arguments holds {', '.join(ours)}: cropi gives these itself, from the policy and the "
+                "sampling; drop them"
+            )
+        if self.gpus and len(self.gpus) != self.servers:
+            faults.append(
+                f"gpus names {len(self.gpus)} sets of GPUs for servers={self.servers}; give one a server"
+            )
+        if len(set(self.base_urls)) != len(self.base_urls):
+            faults.append(f"base_urls names a server twice: {self.base_urls}")
+        if self.base_urls:
+            starting = ("python", "servers", "gpus", "arguments", "environment")
+            fields = type(self).model_fields
+            changed = [
+                n for n in starting if getattr(self, n) != fields[n].get_default(call_default_factory=True)
+            ]
+            if changed:
+                faults.append(
+                    f"{changed[0]} is for servers that are started; with base_urls they run "
+                    "already: drop one of the two"
+                )
+        elif self.model is not None:
+            faults.append(
+                f"model={self.model} is for base_urls; a server that is started serves the step's policy"
+            )
+        return faults
+
+
+def contradictions(config: "Config") -> list[str]:
+    """List what cannot hold together with servers of vLLM: they serve one policy, a run has one a stage."""
+    faults: list[str] = []
+    if not config.runtime.vllm.base_urls:
+        return faults
+    if config.evaluation.engine == "vllm":
+        faults.append(
+            "evaluation.engine=vllm with runtime.vllm.base_urls: each stage is evaluated with its own policy, a "
+            "running server has one; take evaluation.engine=transformers, or let servers be started (no base_urls)"
+        )
+    if config.rollouts.engine == "vllm" and config.stages > 1 and config.needs_rollouts:
+        later = {
+            "rollouts.refresh=always": config.rollouts.refresh == "always",
+            f"diagnostics.spot_check={config.diagnostics.spot_check}": config.needs_spot_check,
+            "a limit of diagnostics that refreshes": config.may_refresh,
+        }
+        asked = [name for name, holds in later.items() if holds]
+        if asked:
+            faults.append(
+                f"{asked[0]} samples from the policies of later stages, and runtime.vllm.base_urls serve the base: "
+                "let servers be started (no base_urls), or take stages=1"
+            )
+    return faults

@@ -1,0 +1,66 @@
+"""Real servers of vLLM for the tests, on the embedded policy: a start takes half a minute on two cores."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cropi_core.errors import ConfigError
+from cropi_core.loopback import free_port
+from cropi_core.vllm.interpreter import find_interpreter
+from cropi_core.vllm.server import LocalServer, command_line, environment_of
+from data_schemas.config import Vllm
+
+# No compilation, and a cache of 1 GB where the default takes half of the machine.
+FAST = {"arguments": ["--enforce-eager"], "environment": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
+
+
+def require_vllm():
+    """Skip where there is no interpreter with vLLM."""
+    try:
+        return find_interpreter()
+    except ConfigError as error:
+        return pytest.skip(f"no server of vLLM can be started: {error}")
+
+
+@contextlib.contextmanager
+def serving(
+    policy, logs, *, name="server", dtype="float32", tokens=64, replaced=None, cwd=None, key=None, **settings
+):
+    """Start a server; ``replaced`` changes parts of its command."""
+    chosen = Vllm(**(FAST | settings))
+    command = command_line(str(require_vllm()), Path(policy), chosen, dtype, tokens)
+    command = [(replaced or {}).get(part, part) for part in command]
+    with contextlib.chdir(cwd or Path.cwd()):
+        server = LocalServer(command, environment_of(chosen, 0), free_port(), Path(logs) / f"{name}.log", key)
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            server.stop()
+
+
+def ready(*servers, within=300):
+    deadline = time.monotonic() + within
+    for server in servers:
+        server.wait(deadline)
+
+
+def left_of(mark):
+    """Processes that have ``NAME=VALUE`` in their environment; a killed one may be dying for a moment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def gone(mark, within=30):
+    """Whether all these processes end in time."""
+    deadline = time.monotonic() + within
+    while left_of(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left_of(mark)
