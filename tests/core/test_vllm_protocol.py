@@ -197,7 +197,8 @@ def test_deeply_nested_json_is_refused():
 
 # -- what we start ends with us ------------------------------------------------------------------------------
 
-TREE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); time.sleep(99)"
+SLEEP = "import time; time.sleep(99)"
+TREE = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
 
 
 @pytest.mark.parametrize("stop", ["parent killed", "first process killed", "guard and first killed"])
