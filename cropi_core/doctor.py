@@ -22,6 +22,7 @@ NEEDED = (
     "numcodecs",
     "pydantic",
     "pyyaml",
+    "httpx",
 )
 OPTIONAL = {
     "math-verify": ("the verifier `math`", "math"),
@@ -47,10 +48,10 @@ class Check:
 
 
 def examine(root: Path) -> list[Check]:
-    """Check interpreter, packages, devices, memory, the artifacts' root and the embedded policy."""
+    """Check interpreter, packages, devices, memory, the artifacts' root, vLLM and the embedded policy."""
     checks = [_python(), *_needed(), *_optional()]
     checks += _devices()
-    checks += [_memory(), *_root(root), _prefect(), _embedded()]
+    checks += [_memory(), *_root(root), _prefect(), _vllm(), _embedded()]
     return checks
 
 
@@ -144,6 +145,23 @@ def _prefect() -> Check:
     return Check(
         "prefect server", "ok", url or f"{profile} (PREFECT_API_URL is not set; `cropi run` starts its own)"
     )
+
+
+def _vllm() -> Check:
+    """Find the interpreter that servers of vLLM are started with, and import vLLM there."""
+    from cropi_core.errors import ConfigError
+    from cropi_core.vllm.interpreter import HOW, find_interpreter, vllm_version
+
+    use = "for `rollouts.engine: vllm` with servers that are started"
+    try:
+        python = find_interpreter()
+    except ConfigError as error:
+        named = "is no program" in str(error)
+        return Check("vllm", "broken" if named else "missing", str(error).partition(":")[0], f"{use}: {HOW}")
+    try:
+        return Check("vllm", "ok", f"{vllm_version(python)} at {python}")
+    except ConfigError as error:
+        return Check("vllm", "broken", str(error), f"{use}: {HOW}")
 
 
 def _embedded() -> Check:

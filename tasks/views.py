@@ -88,7 +88,21 @@ def _rollouts(shown: Sequence[Shown]) -> list[str]:
     columns = (
         "prompts | completions | mean reward | tokens each | cut at the limit | not gradable | no variance"
     )
-    return [*parts, _table(columns, table)]
+    return [*parts, _table(columns, table), *_parity(shown)]
+
+
+def _parity(shown: Sequence[Shown]) -> list[str]:
+    """Show how far the log-probabilities of another sampler are from our own forward; nothing where there is none."""
+    rows = []
+    for one in shown:
+        if (p := one.summary.get("parity")) is not None:
+            limits = f"{figure(p['mean_limit'])} and {figure(p['max_limit'])}"
+            differences = (p["mean_difference"], p["max_difference"], limits)
+            rows.append(one.row(p["completions"], p["tokens"], *differences, escaped(p["warning"]) or "no"))
+    if not rows:
+        return []
+    columns = "completions | tokens | mean difference | largest difference | limits | warning"
+    return ["**Log-probabilities of vLLM beside our own forward in float32**", _table(columns, rows)]
 
 
 def _gradients(shown: Sequence[Shown]) -> list[str]:
@@ -181,7 +195,8 @@ def _evaluation(shown: Sequence[Shown]) -> list[str]:
             table.append(one.row(escaped(name), span, *counts))
     columns = "set | accuracy, 95 % interval | prompts | completions | not gradable"
     title = "Accuracy with 95 % intervals"
-    return [_drawn(lines, title, curves, "stage (0: the base policy)"), _table(columns, table)]
+    drawn = _drawn(lines, title, curves, "stage (0: the base policy)")
+    return [drawn, _table(columns, table), *_parity(shown)]
 
 
 def _diagnostics(shown: Sequence[Shown]) -> list[str]:

@@ -10,18 +10,28 @@ progress reports are the clock. Nothing else is written, and what they trained i
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from cropi_core.engines import Sampler, open_sampler
 from cropi_core.gradients import compute
 from cropi_core.groups import OK, Group, batches, group_rollouts
 from cropi_core.influence import score
 from cropi_core.planning.files import checkpoint_bytes, rollout_lines, store_bytes
 from cropi_core.planning.meter import Meter
-from cropi_core.planning.samples import Clock, EnoughError, lengths, packed, rate_of, shared, spread
+from cropi_core.planning.samples import (
+    Clock,
+    EnoughError,
+    lengths,
+    packed,
+    rate_of,
+    shared,
+    spread,
+    steady_rate,
+)
 from cropi_core.planning.terms import (
     Assumptions,
     Disk,
@@ -39,7 +49,7 @@ from cropi_core.prompts import read_prompts, write_prompts
 from cropi_core.rollouts import collect, read_rollouts
 from cropi_core.steps import provenance
 from cropi_core.tables import write_parquet
-from data_schemas.config import Config, Sampling
+from data_schemas.config import Config, Engine, Sampling
 
 SHARDS = 5
 """Batches of prompts sampled from the pool, and from the validation sets; the first warms up."""
@@ -97,10 +107,20 @@ class Calibration:
     def run(self, imports_s: float = 0.0) -> Measured:
         """Measure; ``imports_s`` is what importing the libraries took, which can be seen only once a process."""
         began, base = time.monotonic(), self.meter.now()
-        sampled: dict[Source, tuple[pa.Table, Rate]] = {s: self._sample(s) for s in self.tables}
+        with self._sampler(self.config.rollouts.engine) as sampler:
+            engine = self.config.rollouts.engine
+            sampled: dict[Source, tuple[pa.Table, Rate]] = {
+                s: self._sample(s, self.folder / s, engine, sampler) for s in self.tables
+            }
         least = self.config.objective.min_gradable
         groups: Groups = {source: group_rollouts(t, least) for source, (t, _) in sampled.items()}
-        sampling = shared([rate for _, rate in sampled.values()])
+        pool, validation = (rate for _, rate in sampled.values())
+        if (
+            engine == "vllm"
+        ):  # the second found servers that the first had started; in a run each step starts its own
+            validation = replace(validation, start_s=pool.start_s)
+        sampling = shared([pool, validation])
+        evaluation = self._evaluation()
         sampling_memory = Line(self.rows["sampling"], self.rows["sampling_row"])
         gradients, gradient_memory, scores_s = self._gradients(groups)
         training = self._training(groups["pool"])
@@ -111,7 +131,7 @@ class Calibration:
         memory = Memory(base, sampling_memory, gradient_memory, self.rows["training"])
         return Measured(
             Assumptions(samples, self._disk(groups)),
-            Speeds(imports_s, step_s, scores_s, sampling, gradients, training, memory),
+            Speeds(imports_s, step_s, scores_s, sampling, gradients, training, memory, evaluation),
             self.meter.of,
             self.meter.exact,
             time.monotonic() - began,
@@ -119,14 +139,42 @@ class Calibration:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def _sample(self, source: Source) -> tuple[pa.Table, Rate]:
+    def _sampler(self, engine: Engine) -> contextlib.AbstractContextManager[Sampler | None]:
+        """Open servers once for all that is sampled here; transformers loads anew, as every step of a run does."""
+        if engine == "transformers":
+            return contextlib.nullcontext()
+        return open_sampler(
+            engine,
+            policy=self.policy,
+            dtype=self.config.policy.dtype,
+            runtime=self.runtime,
+            logs=self.folder / "logs",
+        )
+
+    def _evaluation(self) -> Rate | None:
+        """Sample with evaluation's engine where it is another; its ``first_s`` is in its start."""
+        engine = self.config.evaluation.engine
+        if engine == self.config.rollouts.engine:
+            return None
+        with self._sampler(engine) as sampler:
+            return self._sample("validation", self.folder / "evaluation", engine, sampler)[1]
+
+    def _sample(
+        self, source: Source, out: Path, engine: Engine, sampler: Sampler | None
+    ) -> tuple[pa.Table, Rate]:
         """Sample a few batches of prompts; returns the rollouts and the rate, whose ``first_s`` is not set yet."""
         sampling, rows = self.samplings[source], self.runtime.generation_rows
+        if engine == "vllm":  # one wave: as many prompts as are in flight at once
+            wave = self.runtime.vllm.concurrency * max(
+                self.runtime.vllm.servers, len(self.runtime.vllm.base_urls)
+            )
+            rows = max(1, wave // SHARDS) * sampling.samples
         shard = max(1, min(self.config.rollouts.shard_prompts, rows // sampling.samples))
         shard = min(shard, -(-self.tables[source].num_rows // SHARDS))
         path = self.folder / f"{source}.parquet"
         write_prompts(spread(self.tables[source], shard * SHARDS, SHARDS), path)
-        out, clock = self.folder / source, Clock(SAMPLING_BUDGET_S)
+        # Servers work on all shards at once; stopped in the middle, what is under way would count for nothing.
+        clock = Clock() if engine == "vllm" else Clock(SAMPLING_BUDGET_S)
         before = self.meter.now()
         self.meter.reset()
         with contextlib.suppress(EnoughError):  # the batches sampled so far are what is measured
@@ -142,13 +190,17 @@ class Calibration:
                 shard_prompts=shard,
                 runtime=self.runtime,
                 report=clock,
+                engine=engine,
+                sampler=sampler,
             )
         tail = time.monotonic() - clock.marks[-1][0]
         table = read_rollouts(out)
-        if source == "pool":
+        if source == "pool" and "sampling" not in self.rows:
             growth = max(0.0, self.meter.peak() - before)
             self.rows["sampling"], used = before, min(rows, shard * sampling.samples)
             self.rows["sampling_row"] = growth / used
+        if engine == "vllm":
+            return table, steady_rate(clock, table, tail)
         return table, rate_of(clock, table, sampling.samples, tail)
 
     # -- gradients -----------------------------------------------------------------------------------------------

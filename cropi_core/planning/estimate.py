@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cropi_core.planning.terms import Assumptions, Estimate, Limits, Line, Memory, Sample, Speeds, Work
+from cropi_core.planning.terms import Assumptions, Estimate, Limits, Line, Memory, Rate, Sample, Speeds, Work
 
 SCORED_NUMBERS_PER_S = 5e8
 """Stored numbers that scoring reads a second; its steps are seconds where others are hours, so this is not measured."""
@@ -90,6 +90,12 @@ def disk(work: Work, assumptions: Assumptions, limits: Limits) -> float:
     return (size if work.bytes is None else work.bytes) + MANIFEST.at(files)
 
 
+def _sampling_rate(work: Work, speeds: Speeds) -> Rate:
+    """Return how fast a step's completions are sampled."""
+    other = speeds.evaluation if work.step == "evaluation" else None
+    return other or speeds.sampling[work.source]
+
+
 def seconds(work: Work, sample: Sample, speeds: Speeds, limits: Limits) -> float:
     """Return the seconds of a step, imports and what is paid once a process left out."""
     if work.seconds is not None:
@@ -97,8 +103,8 @@ def seconds(work: Work, sample: Sample, speeds: Speeds, limits: Limits) -> float
     generated, _ = tokens(work, sample)
     match work.step:
         case "rollouts" | "evaluation":
-            rate = speeds.sampling[work.source]
-            spent = work.calls * rate.start_s + generated * rate.token_s
+            rate = _sampling_rate(work, speeds)
+            spent = rate.start_s + generated * rate.token_s
         case "gradients":
             rate = speeds.gradients[work.source]
             spent = rate.start_s + live_prompts(work, sample) * packed_tokens(work, sample) * rate.token_s

@@ -148,6 +148,7 @@ def notes(
         )
     if config.may_refresh and config.rollouts.refresh == "never":
         said.append("a limit of the section diagnostics may collect trajectories again; that is not counted")
+    said += _servers(config, rehearsed)
     if config.runtime.workers > 1:
         said.append(
             f"runtime.workers={config.runtime.workers}: gradients are timed in one process with all threads; the "
@@ -162,6 +163,23 @@ def notes(
             "training may generate longer completions than the pool's rollouts; tokens are taken as equal"
         )
     return said
+
+
+def _servers(config: Config, rehearsed: "Rehearsed") -> list[str]:
+    """Say what servers of vLLM mean for the figures."""
+    engines = {"rollouts": config.rollouts.engine, "evaluation": config.evaluation.engine}
+    todo = [w for w in rehearsed.works if w.origin == "computed" and engines.get(w.step) == "vllm"]
+    if not todo:
+        return []
+    vllm = config.runtime.vllm
+    if vllm.base_urls:
+        return [
+            f"{len(todo)} steps sample by servers that run ({', '.join(vllm.base_urls)}); their memory is theirs"
+        ]
+    return [
+        f"{len(todo)} steps start {vllm.servers} of vLLM's servers each, which is in their seconds; the servers' "
+        "memory is not counted (--gpu-memory-utilization is its limit)"
+    ]
 
 
 def _dead(config: Config, samples: Any) -> list[str]:

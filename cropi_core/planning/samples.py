@@ -75,6 +75,21 @@ def rate_of(clock: Clock, table: pa.Table, samples: int, tail: float) -> Rate:
     return Rate(0.0, start, token_s + tail / sum(counts))
 
 
+def steady_rate(clock: Clock, table: pa.Table, tail: float) -> Rate:
+    """Turn the reports of a collection by servers into a rate.
+
+    Servers work on all shards at once, so that only the whole says how fast they are; with few prompts they are not
+    full, and slower than in a run.
+
+    Args:
+        clock: The reports; the first comes when the servers answer.
+        table: The rollouts.
+        tail: Seconds after the last report.
+    """
+    spent = clock.marks[-1][0] - clock.marks[0][0] + tail
+    return Rate(0.0, clock.since_start(), spent / int(list_lengths(table["completion_ids"]).sum()))
+
+
 def packed(groups: Sequence[Group]) -> int:
     """Count the tokens that passes over the groups with a gradient read."""
     return sum(group.packed for group in groups if group.status == OK)

@@ -29,7 +29,7 @@ class Work:
         prompts: Prompts read; in training, prompts of one generation batch.
         samples: Completions a prompt.
         max_new_tokens: Their longest.
-        calls: Sets that are sampled one after another, each with a model loaded anew.
+        calls: Sets that are sampled one after another.
         steps: Optimizer steps.
         batches: Generation batches of training.
         rows: Prompts with a gradient, where that is known better than by the sample's share.
@@ -162,6 +162,8 @@ class Speeds:
     gradients: Mapping[Source, Rate]
     training: TrainingRate
     memory: Memory
+    evaluation: Rate | None = None
+    """Of evaluation, where another engine samples for it; else it is that of the validation sets."""
 
 
 @dataclass(frozen=True)

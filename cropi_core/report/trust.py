@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """The table, a column a check; ``spots`` says of every spot check what its figures rest on."""
+    """The table, a column a check; ``spots`` says of every spot check what its figures rest on, ``parity`` how near vLLM is."""
 
     titles: list[str]
     rows: list[Row]
@@ -35,6 +35,7 @@ class Panel:
     done: list[tuple[str, bool]]
     limited: bool
     spots: list[str]
+    parity: list[str]
 
 
 def panel(artifacts: Artifacts) -> Panel | None:
@@ -58,7 +59,22 @@ def panel(artifacts: Artifacts) -> Panel | None:
         done=[(DONE[check.action], check.action != "none") for check in checks],
         limited=any(finding.rule for check in checks for finding in check.findings),
         spots=[said for check in checks if (said := _spot(artifacts, check)) is not None],
+        parity=parity(artifacts),
     )
+
+
+def parity(artifacts: Artifacts) -> list[str]:
+    """Say of everything that vLLM sampled how far its log-probabilities are from our own forward."""
+    said = []
+    for slot in artifacts.record.slots:
+        found: dict[str, Any] = artifacts.summary(slot).get("parity") or {}
+        if found:
+            beyond = ": beyond the limit" if found["warning"] else ""
+            said.append(
+                f"{slot}: mean {number(found['mean_difference'])}, largest {number(found['max_difference'])} over "
+                f"{found['tokens']} tokens (limits {number(found['mean_limit'])} and {number(found['max_limit'])}){beyond}"
+            )
+    return said
 
 
 def _spot(artifacts: Artifacts, check: StageCheck) -> str | None:

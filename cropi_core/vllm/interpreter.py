@@ -48,7 +48,8 @@ def vllm_version(python: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{python} cannot import vLLM: {error}") from error
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["nothing said"]
-    if done.returncode != 0:
+    version = done.stdout.strip()
+    if done.returncode != 0 or not version:
+        lines = done.stderr.strip().splitlines() or ["nothing was said"]
         raise ConfigError(f"{python} cannot import vLLM: {lines[-1]}")
-    return lines[-1].strip()
+    return version.splitlines()[-1]
