@@ -34,7 +34,8 @@ FLOWS = ResourceSpecification(
 )
 """The flows whose runs are meant; a shared server has others."""
 RUN = "{{ flow_run.name }}"
-PAGE = "{{ flow_run|ui_url }}"
+PAGE = "{{ flow_run|ui_url or '' }}"
+"""The run's page; empty where the server does not know its own address (`PREFECT_UI_URL`)."""
 OF_THE_SERVER = {"id", "owner_resource"}
 ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Suspended")}
 

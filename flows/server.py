@@ -49,6 +49,7 @@ class LocalServer:
         if port is not None:
             # The pages ask port 4200 unless told; their files are otherwise written into site-packages.
             environment["PREFECT_SERVER_UI_API_URL"] = self.url
+            environment.setdefault("PREFECT_UI_URL", self.url.removesuffix("/api"))  # for links in messages
             environment["PREFECT_SERVER_UI_STATIC_DIRECTORY"] = str(home / "ui")
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(

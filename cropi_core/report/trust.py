@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """The table, a column a check; ``spots`` says of every spot check what its figures rest on, ``parity`` how near vLLM is."""
+    """The table, a column a check; ``spots``: what the figures of every spot check rest on; ``parity``: how near vLLM is."""
 
     titles: list[str]
     rows: list[Row]
@@ -72,7 +72,8 @@ def parity(artifacts: Artifacts) -> list[str]:
             beyond = ": beyond the limit" if found["warning"] else ""
             said.append(
                 f"{slot}: mean {number(found['mean_difference'])}, largest {number(found['max_difference'])} over "
-                f"{found['tokens']} tokens (limits {number(found['mean_limit'])} and {number(found['max_limit'])}){beyond}"
+                f"{found['tokens']} tokens (limits {number(found['mean_limit'])} and "
+                f"{number(found['max_limit'])}){beyond}"
             )
     return said
 
