@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """The table, a column a check; ``spots``: what the figures of every spot check rest on; ``parity``: how near vLLM is."""
+    """The table, a column a check; ``spots``: what a spot check rests on; ``parity``: how near vLLM is."""
 
     titles: list[str]
     rows: list[Row]
