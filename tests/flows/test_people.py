@@ -3,6 +3,7 @@
 One `cropi serve`, a browser, and a webhook that listens on this machine: a block of the kind every server has.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -203,6 +204,27 @@ def test_a_run_whose_process_is_gone_is_recorded_as_crashed_and_goes_on(office: 
     state = office.until(flow_run, "Crashed", seconds=300)["state"]
     assert office.message("gone-", "failed")
     assert state["type"] == "CRASHED"
+
+
+@pytest.mark.slow
+def test_after_a_kill_of_the_command_its_next_start_records_the_run_as_crashed(tmp_path: Path):
+    root, port = tmp_path / "root", free_port()
+    training = tiny_config().training.model_dump() | {"steps": 4000}
+    office = Office(Served(root, port, tmp_path / "out"), [])
+    try:
+        office.run(*CROPI, "automations", "--silence", str(SILENCE_S))
+        flow_run = office.start(tiny_config(training=training))
+        office.until(flow_run, "Running")
+        time.sleep(3)  # its first heartbeat is sent
+        for pid in servers_of(root):  # as when the machine is lost
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        office = Office(Served(root, port, tmp_path / "again"), [])
+        office.until(flow_run, "Crashed", seconds=120)
+    finally:
+        for pid in servers_of(root):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def runs_of(root: Path, flow_run: str) -> list[int]:
