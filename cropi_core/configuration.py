@@ -63,8 +63,12 @@ def load_sections(sections: Mapping[str, type[Section]], overrides: list[str]) -
     return built
 
 
-def find_config(path_or_preset: str) -> Path:
+def find_config(path_or_preset: str, folder: str = "") -> Path:
     """Find a configuration file: as a path, then as a preset's name.
+
+    Args:
+        path_or_preset: One of the two.
+        folder: Where in ``configs/`` the presets lie.
 
     Raises:
         ConfigError: Neither; the presets are listed, the nearest named.
@@ -74,7 +78,7 @@ def find_config(path_or_preset: str) -> Path:
         return path
     names: dict[str, Path] = {}
     for directory in reversed(PRESETS):
-        names |= {p.stem: p for p in sorted(directory.glob("*.yaml"))}
+        names |= {p.stem: p for p in sorted((directory / folder).glob("*.yaml"))}
     if path_or_preset in names:
         return names[path_or_preset]
     presets = ", ".join(sorted(names)) or "none"

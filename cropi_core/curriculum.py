@@ -246,7 +246,11 @@ class Curriculum:
         if config.needs_rollouts and (not rollouts or config.rollouts.refresh == "always"):
             rollouts = self._rollouts(stage, policy, sets)
         if config.needs_gradients:
-            rollouts, scores, check = self._checked_scores(stage, policy, sets, rollouts)
+            if config.scores_at(stage):
+                rollouts, scores, check = self._checked_scores(stage, policy, sets, rollouts)
+            else:  # what the first stage came to holds for all
+                entry = self.record.slots.get("scores@1")
+                scores, check = entry.ref if entry else None, self.record.checks[-1]
             inputs |= {"scores": scores} if scores else {}
             if check.action == "random":
                 settings["fallback"] = {

@@ -66,6 +66,10 @@ class Stage:
         """List the prompt ids in the order of training; TRL repeats each ``samples`` times."""
         return Dataset.from_dict({"prompt": [row["prompt_id"] for batch in self.batches for row in batch]})
 
+    def prompt_tokens(self, row: dict[str, Any]) -> list[int]:
+        """Return a prompt's token ids."""
+        return render(self.tokenizer, row["messages"])
+
     def rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[list[Any]]]:
         """Sample the completions of one generation batch (TRL's ``rollout_func``).
 
@@ -85,7 +89,7 @@ class Stage:
                 f"step {step + 1}: the trainer's prompts are not those of generation batch {number}"
             )
         model = cast(PreTrainedModel, trainer.model)
-        ids = [(row["prompt_id"], render(self.tokenizer, row["messages"])) for row in self.batches[number]]
+        ids = [(row["prompt_id"], self.prompt_tokens(row)) for row in self.batches[number]]
         model.eval()  # else gradient checkpointing would switch the key-value cache off
         try:
             groups = sample(

@@ -24,9 +24,9 @@ def slots(config: Config) -> list[str]:
             measured = ["pool", *(validation if config.needs_gradients else [])]
             if stage == 1 or config.may_refresh:
                 names += [f"rollouts/{name}@{stage}" for name in measured]
-            if config.needs_gradients:
+            if config.scores_at(stage):
                 names += [f"gradients/{name}@{stage}" for name in measured] + [f"scores@{stage}"]
-            if config.needs_spot_check:
+            if config.needs_spot_check and config.scores_at(stage):
                 spot = ("prompts", "rollouts", "gradients", "scores")
                 names += [*[f"{kind}/spot@{stage}" for kind in spot], f"diagnostics@{stage}"]
         names += [f"selection@{stage}", f"policy@{stage}", f"evaluation@{stage}"]

@@ -41,7 +41,7 @@ from cropi_core.policy import load_policy, pick_device
 from cropi_core.progress import Report
 from cropi_core.prompts import read_prompts
 from cropi_core.tables import read_parquet, write_parquet
-from cropi_core.training_metrics import TrainingError, metrics_table, reward_summary
+from cropi_core.training_metrics import TrainingError, metrics_table, reward_summary, token_counts
 from cropi_core.verifiers import Verifier
 from data_schemas.config import Grading, Objective, Runtime, Training
 
@@ -84,7 +84,8 @@ def train(
         keep_scratch: Leave ``scratch`` to the caller, who has more to do before a stop may cost nothing.
 
     Returns:
-        Summary: steps, completions, epochs over the subset, rewards of its first and last quarter.
+        Summary: steps, completions, their tokens, tokens of forward and backward (prompts included, once a
+        completion and pass), epochs over the subset, rewards of its first and last quarter.
 
     Raises:
         SelectionError: Fewer prompts are selected than a step takes.
@@ -125,12 +126,15 @@ def train(
             save_moments(second_moments(model, trainer.optimizer), out)
     table = metrics_table(trainer.state.log_history)
     write_parquet(table, metrics)
+    per_step = training.prompts_per_step * training.sampling.samples
+    asked = sum(len(stage.prompt_tokens(row)) for batch in order for row in batch) * training.sampling.samples
     if not keep_scratch:
         shutil.rmtree(scratch)
     return {
         "steps": table.num_rows,
         "prompts": len(rows),
-        "completions": batches * training.prompts_per_step * training.sampling.samples,
+        "completions": batches * per_step,
+        **token_counts(table, per_step, asked),
         "epochs": batches * training.prompts_per_step / len(rows),
         **reward_summary(table),
         "loss_type": objective.loss_type,

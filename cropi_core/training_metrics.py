@@ -90,3 +90,20 @@ def reward_summary(table: pa.Table) -> dict[str, float | int | None]:
         "last_quarter_reward": mean(rewards[-quarter:]),
         "not_gradable": int(sum(v or 0 for v in table["not_gradable"].to_pylist())),
     }
+
+
+def token_counts(table: pa.Table, completions: int, prompt_tokens: int) -> dict[str, int]:
+    """Count what a stage generated, and what went forward and backward.
+
+    Args:
+        table: The stage's metrics.
+        completions: Of one generation batch, whose first pass has their mean length.
+        prompt_tokens: Of the prompts of all generation batches, once a completion.
+
+    Returns:
+        ``tokens_generated``, and ``tokens_trained``: prompts and completions, as often as they were passed over.
+    """
+    lengths = [value for value in table["completion_length"].to_pylist() if value is not None]
+    generated = round(math.fsum(lengths) * completions)
+    passes = table.num_rows / max(1, len(lengths))
+    return {"tokens_generated": generated, "tokens_trained": round(passes * (generated + prompt_tokens))}

@@ -227,6 +227,10 @@ class Config(Section):
     name: Name = "curriculum"
     seed: int = Field(default=0, ge=0, lt=2**31)
     stages: int = Field(default=2, ge=1, le=1000)
+    rescore: Literal["each_stage", "once"] = Field(
+        default="each_stage",
+        description="Whether every stage scores the pool under its own policy, or all stages use the first one's scores.",
+    )
     policy: PolicySource = PolicySource()
     data: Data
     rollouts: Rollouts = Rollouts()
@@ -271,6 +275,11 @@ class Config(Section):
             )
         if self.selection.strategy == "full" and self.selection.ratio != 1.0:
             faults.append(f"selection.strategy=full takes everything; ratio={self.selection.ratio} must be 1")
+        if self.rescore == "once" and self.rollouts.refresh == "always":
+            faults.append(
+                "rollouts.refresh=always with rescore=once: scores of the first stage are of its trajectories, and new "
+                "ones would be read by nobody; take rescore=each_stage or rollouts.refresh=never"
+            )
         if self.projection.kind == "none" and self.projection.dtype == "float16":
             faults.append("projection.kind=none is for exact checks; set projection.dtype=float32")
         adam = self.projection.preconditioner == "adam" and self.needs_gradients
@@ -341,4 +350,10 @@ class Config(Section):
     @property
     def may_refresh(self) -> bool:
         """Whether a stage after the first may collect trajectories."""
-        return self.rollouts.refresh == "always" or (self.needs_gradients and self.diagnostics.refreshes)
+        if self.rollouts.refresh == "always":
+            return True
+        return self.needs_gradients and self.diagnostics.refreshes and self.rescore == "each_stage"
+
+    def scores_at(self, stage: int) -> bool:
+        """Whether a stage, counted from 1, scores the pool."""
+        return self.needs_gradients and (stage == 1 or self.rescore == "each_stage")

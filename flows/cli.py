@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -25,6 +26,9 @@ from cropi_core.configuration import load_config
 from cropi_core.errors import ConfigError, CropiError, DeclinedError
 from data_schemas.config import Config
 from data_schemas.manifest import StepName
+
+if TYPE_CHECKING:
+    from flows.server import LocalServer
 
 INTERRUPTED = 130
 """Exit code of a command stopped by Ctrl-C: 128 and the signal's number."""
@@ -61,6 +65,46 @@ def run_command(
         print(json.dumps(outcome | {"report": str(report) if report else None}, indent=1))
     else:
         show_end(root, outcome["run"], report)
+
+
+@app.command("study")
+def study_command(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file, or the name of a shipped study.")],
+    root: Root = DEFAULT_ROOT,
+    override: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Curricula at once; default: one a core.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write tables, picture and figures there too.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Run whole curricula, arms by worlds by seeds, and compare them; or go on with it."""
+    from flows.study import compare_study
+
+    require_prefect("study")
+    try:
+        with ExitStack() as stack:
+            code = compare_study(
+                study,
+                root.expanduser().resolve(),
+                override or [],
+                stack,
+                processes=processes,
+                seeds=seeds,
+                tabulate=tabulate,
+                write=write,
+                as_json=as_json,
+                quiet=quiet or as_json,
+            )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(code)
 
 
 @app.command("serve")
@@ -149,27 +193,10 @@ def run_flow(
     Raises:
         DeclinedError: A selection was declined.
     """
-    from cropi_core.store import Store
     from flows.display import watcher
-    from flows.environment import check_api, prepare, served_api
 
-    Store(root).prepare()
-    url = prepare(root)
     view = watcher(quiet=quiet)
-    server = None
-    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
-    if url is not None:
-        check_api(url)
-    elif (url := served_api(home)) is not None:
-        view.note(f"through the server of `cropi serve`, {url}")
-        os.environ["PREFECT_API_URL"] = url
-    else:
-        from flows.server import local_server
-
-        if not (home / "prefect.db").exists():
-            view.note(f"making Prefect's database under {home}, once")
-        server = stack.enter_context(local_server(home))
-        os.environ["PREFECT_API_URL"] = server.url
+    server = reach_server(root, stack, view.note)
     # Imported while the server comes up.
     from prefect.states import State
 
@@ -194,6 +221,39 @@ def run_flow(
     if state.is_cancelled():
         raise DeclinedError(state.message or "the selection was declined")
     return state.result()
+
+
+def reach_server(root: Path, stack: ExitStack, note: Callable[[str], None]) -> "LocalServer | None":
+    """Put Prefect's environment in place and name a server in it: the user's, or one that is begun here.
+
+    Args:
+        root: Directory of the artifacts.
+        stack: Ends the server that is started where the user has none.
+        note: Told which one it is.
+
+    Returns:
+        The server begun here, to be waited for; None where the user has one.
+    """
+    from cropi_core.store import Store
+    from flows.environment import check_api, prepare, served_api
+
+    Store(root).prepare()
+    url = prepare(root)
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    if url is not None:
+        check_api(url)
+        return None
+    if (url := served_api(home)) is not None:
+        note(f"through the server of `cropi serve`, {url}")
+        os.environ["PREFECT_API_URL"] = url
+        return None
+    from flows.server import local_server
+
+    if not (home / "prefect.db").exists():
+        note(f"making Prefect's database under {home}, once")
+    server = stack.enter_context(local_server(home))
+    os.environ["PREFECT_API_URL"] = server.url
+    return server
 
 
 def write_html(root: Path, run: str) -> Path | None:

@@ -120,6 +120,15 @@ def answers(url: str) -> bool:
         return False
 
 
+def drain(timeout: float = 10.0) -> None:
+    """Send the logs and events that Prefect still holds in this process."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=timeout)
+    EventsWorker.drain_all(timeout=timeout, at_exit=False)
+
+
 def settle(timeout: float = 10.0) -> None:
     """Send what Prefect still holds, and wait until the newest flow run's task runs are recorded to the last.
 
@@ -129,13 +138,10 @@ def settle(timeout: float = 10.0) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
 
     from tasks.publish import SHOW_RUN
 
-    APILogWorker.drain_all(timeout=timeout)
-    EventsWorker.drain_all(timeout=timeout, at_exit=False)
+    drain(timeout)
     deadline = time.monotonic() + timeout
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)

@@ -90,10 +90,11 @@ def render(store: Store, record: RunRecord) -> str:
         "provenance": provenance(artifacts),
     }
     # Last: every reader above may have found something missing.
-    return _environment().get_template("report.html.jinja").render(context, problems=artifacts.problems)
+    return environment().get_template("report.html.jinja").render(context, problems=artifacts.problems)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Give the templates: what they print is escaped, and a name they do not have is an error."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,0 +1,236 @@
+"""Compares the arms of a study: steps and cost to the reference's last accuracy, and accuracy at equal steps.
+
+:func:`compare` is a function of the finished curves; what the study has not finished yet is not in it, and every row
+says of how many seeds it is. Curves of a reference that ends no higher than it began say nothing about speed; their
+ratios are left out and counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cropi_core.study.measure import Curve
+from cropi_core.study.statistics import bootstrap, interpolate, mean, mean_curve, median, ratio, reach
+from data_schemas.study import Study
+
+AXES = ("steps", "work", "generated", "trained", "seconds")
+"""What a level is reached along: optimizer steps, and :class:`cropi_core.study.measure.Cost`."""
+ALL = "all"
+"""Name of the row of all worlds together."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic over seeds with its 95 % interval; ``n`` pairs went into it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many times sooner an arm comes to the accuracy that the reference has at its end.
+
+    Attributes:
+        median: Over pairs of one world and seed; 0 is an arm that never came there.
+        curves: Of the mean curves over seeds, of one world; None where they have nothing to compare.
+        pairs: The ratios by world and seed, in that order; None where there was nothing to compare.
+        never: Pairs in which the arm never came there.
+        undefined: Pairs whose reference did not rise.
+    """
+
+    median: Estimate | None
+    curves: Estimate | None
+    pairs: dict[str, dict[int, float | None]]
+    never: int
+    undefined: int
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm in one world, or in all of them."""
+
+    world: str
+    arm: str
+    seeds: list[int]
+    speed: dict[str, Speed] = field(default_factory=dict)
+    targets: dict[int, Estimate] = field(default_factory=dict)
+    others: dict[int, Estimate] = field(default_factory=dict)
+    ahead: dict[int, Estimate] = field(default_factory=dict)
+
+
+def compare(study: Study, curves: Sequence[Curve], steps: Sequence[int] | None = None) -> list[ArmResult]:
+    """Compare every arm with the reference, in each world and in all.
+
+    Args:
+        study: Names the reference, the subject and the bootstrap.
+        curves: Finished curricula.
+        steps: Positions of the accuracies; by default those of every arm's evaluations that all arms share.
+
+    Returns:
+        Rows by world in the study's order, all of them last, arms in the study's order. ``targets`` and ``others`` are
+        mean accuracies at fixed steps, ``ahead`` the subject's lead over the arm on the targets, paired by seed.
+    """
+    at = list(steps) if steps is not None else common_steps(curves)
+    worlds = [world for world in study.worlds if any(c.world == world for c in curves)]
+    groups = [(world, [world]) for world in worlds]
+    if len(worlds) > 1:
+        groups.append((ALL, worlds))
+    return [
+        _arm(study, name, arm, members, curves, at)
+        for name, members in groups
+        for arm in study.arms
+        if any(c.arm == arm and c.world in members for c in curves)
+    ]
+
+
+def common_steps(curves: Sequence[Curve]) -> list[int]:
+    """Return the steps at which every curve was evaluated."""
+    found = [{point.steps for point in curve.points} for curve in curves]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def _arm(
+    study: Study, name: str, arm: str, worlds: list[str], curves: Sequence[Curve], at: list[int]
+) -> ArmResult:
+    own = [[c for c in curves if c.arm == arm and c.world == world] for world in worlds]
+    speed = {}
+    if arm != study.reference:
+        speed = {axis: _speed(study, arm, worlds, curves, axis) for axis in AXES}
+    targets, others, ahead = {}, {}, {}
+    for step in at:
+        for into, role in ((targets, "targets"), (others, "others")):
+            values = [[v for c in group if (v := _accuracy(c, role, step)) is not None] for group in own]
+            if found := _estimate(study, values, mean):
+                into[step] = found
+        if arm != study.subject:
+            leads = [_leads(study.subject, arm, world, curves, step) for world in worlds]
+            if found := _estimate(study, leads, mean):
+                ahead[step] = found
+    return ArmResult(
+        name, arm, sorted({c.seed for group in own for c in group}), speed, targets, others, ahead
+    )
+
+
+def _accuracy(curve: Curve, role: str, step: int) -> float | None:
+    sets = curve.targets if role == "targets" else curve.others
+    values = [curve.mean(point, sets) for point in curve.points]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return interpolate([point.steps for point in curve.points], known, step)
+
+
+def _leads(subject: str, arm: str, world: str, curves: Sequence[Curve], step: int) -> list[float]:
+    """Return the subject's accuracy minus the arm's, by seeds that both have."""
+    pairs = _paired(subject, arm, world, curves)
+    found = [(_accuracy(one, "targets", step), _accuracy(other, "targets", step)) for one, other in pairs]
+    return [a - b for a, b in found if a is not None and b is not None]
+
+
+def _paired(one: str, other: str, world: str, curves: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
+    """Return the curves of two arms with the same seed, in the order of seeds."""
+    first = {c.seed: c for c in curves if c.world == world and c.arm == one}
+    second = {c.seed: c for c in curves if c.world == world and c.arm == other}
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
+# -- speed ---------------------------------------------------------------------------------------------------
+
+
+def pair_ratio(reference: Curve, arm: Curve, axis: str) -> float | None:
+    """Return how many times sooner an arm comes to the reference's last accuracy, with one seed."""
+    level = reference.line(axis)[1][-1]
+    return ratio(reach(*reference.line(axis), level), reach(*arm.line(axis), level))
+
+
+def _speed(study: Study, arm: str, worlds: list[str], curves: Sequence[Curve], axis: str) -> Speed:
+    paired = {world: _paired(study.reference, arm, world, curves) for world in worlds}
+    pairs = {
+        world: {own.seed: pair_ratio(reference, own, axis) for reference, own in couples}
+        for world, couples in paired.items()
+    }
+    known = [[value for value in by_seed.values() if value is not None] for by_seed in pairs.values()]
+    flat = [value for by_seed in pairs.values() for value in by_seed.values()]
+    return Speed(
+        median=_estimate(study, known, median),
+        curves=_of_mean_curves(study, paired[worlds[0]], axis) if len(worlds) == 1 else None,
+        pairs=pairs,
+        never=flat.count(0.0),
+        undefined=flat.count(None),
+    )
+
+
+def _of_mean_curves(study: Study, couples: list[tuple[Curve, Curve]], axis: str) -> Estimate | None:
+    """Return the ratio of the mean curves over seeds: noise is averaged before a level is read off."""
+
+    def of(chosen: np.ndarray) -> float | None:
+        lines = []
+        for side in (0, 1):
+            drawn = [couples[i][side].line(axis) for i in chosen]
+            lines.append((mean_curve([x for x, _ in drawn]), mean_curve([y for _, y in drawn])))
+        (rx, ry), (ax, ay) = lines
+        return ratio(reach(rx, ry, ry[-1]), reach(ax, ay, ry[-1]))
+
+    if not couples or (value := of(np.arange(len(couples)))) is None:
+        return None
+    random = np.random.Generator(np.random.PCG64(study.bootstrap.seed))
+    draws = min(study.bootstrap.draws, 1000)
+    found = [of(random.integers(0, len(couples), len(couples))) for _ in range(draws)]
+    # A draw in which the reference does not rise has no ratio; it counts as the worst.
+    ordered = np.sort([0.0 if value is None else value for value in found])
+    low, high = ordered[int(0.025 * (draws - 1))], ordered[int(np.ceil(0.975 * (draws - 1)))]
+    return Estimate(value, float(low), float(high), len(couples))
+
+
+def _estimate(
+    study: Study, strata: list[list[float]], statistic: Callable[[np.ndarray], np.ndarray]
+) -> Estimate | None:
+    values = [value for stratum in strata for value in stratum]
+    if not values:
+        return None
+    low, high = bootstrap(strata, statistic, study.bootstrap.draws, study.bootstrap.seed)
+    return Estimate(float(statistic(np.array(values))), low, high, len(values))
+
+
+# -- what a program reads ------------------------------------------------------------------------------------
+
+
+def headline(study: Study, results: Sequence[ArmResult]) -> dict[str, Any]:
+    """Return the subject's figures in one level, and by world: what a benchmark's file holds."""
+    rows = [row for row in results if row.arm == study.subject and row.speed]
+    if not rows:
+        return {"median_step_ratio": None, "ci95_low": None, "seeds": 0, "median_cost_ratio": None, "worlds": {}}
+    whole = next((row for row in rows if row.world == ALL), rows[0])
+    return _figures(whole) | {
+        "worlds": {
+            row.world: _figures(row)
+            | {
+                "targets": study.worlds[row.world].targets,
+                "dead_weight": study.worlds[row.world].dead_weight,
+            }
+            for row in rows
+            if row.world != ALL
+        }
+    }
+
+
+def _figures(row: ArmResult) -> dict[str, Any]:
+    steps, work = row.speed["steps"], row.speed["work"]
+    return {
+        "median_step_ratio": steps.median.value if steps.median else None,
+        "ci95_low": steps.median.low if steps.median else None,
+        "ci95_high": steps.median.high if steps.median else None,
+        "median_cost_ratio": work.median.value if work.median else None,
+        "cost_ci95_low": work.median.low if work.median else None,
+        "mean_curve_step_ratio": asdict(steps.curves) if steps.curves else None,
+        "mean_curve_cost_ratio": asdict(work.curves) if work.curves else None,
+        "seeds": len(row.seeds),
+        "pairs": steps.median.n if steps.median else 0,
+        "never_reached": steps.never,
+        "reference_did_not_rise": steps.undefined,
+    }

@@ -1,0 +1,156 @@
+"""What a curriculum measured and what it cost, read from its record and the manifests it names.
+
+Cost is charged to the curriculum that uses an artifact, whether it was computed for it or found: an arm pays for its
+trajectories, gradients, scores, selections and training, and no arm for its evaluations, which are the yardstick. An
+artifact that several stages use is paid for once, where it is first used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cropi_core.errors import ArtifactError
+from cropi_core.study.plan import Cell
+from data_schemas.manifest import Manifest, RunRecord
+
+FORWARD_AND_BACKWARD = 3
+"""A token that goes forward and backward costs three that go forward: the backward is two products of matrices where
+the forward is one."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent up to a point.
+
+    Attributes:
+        generated: Tokens sampled.
+        trained: Tokens through forward and backward, for gradients of selection and for training.
+        seconds: Of the steps when their artifacts were made; of the machine that made them.
+    """
+
+    generated: int = 0
+    trained: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.generated + other.generated, self.trained + other.trained, self.seconds + other.seconds
+        )
+
+    @property
+    def work(self) -> int:
+        """Forward passes of a token: one a token generated, three a token of forward and backward."""
+        return self.generated + FORWARD_AND_BACKWARD * self.trained
+
+
+@dataclass(frozen=True)
+class SetAccuracy:
+    """Accuracy on one set, with its 95 % interval over prompts."""
+
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of a curriculum: after ``stage`` stages and ``steps`` optimizer steps, for ``cost``."""
+
+    stage: int
+    steps: int
+    cost: Cost
+    sets: dict[str, SetAccuracy]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished curriculum.
+
+    Attributes:
+        targets: Its test sets that the study is about.
+        others: Its other test sets.
+        validation: Its validation sets.
+        selected: Prompts chosen by stage and source.
+    """
+
+    world: str
+    arm: str
+    seed: int
+    run: str
+    points: list[Point]
+    targets: list[str]
+    others: list[str]
+    validation: list[str]
+    selected: dict[int, dict[str, int]]
+
+    def mean(self, point: Point, sets: list[str]) -> float | None:
+        """Average accuracy over sets, each counting the same; None without sets."""
+        return sum(point.sets[name].accuracy for name in sets) / len(sets) if sets else None
+
+    def line(self, axis: str) -> tuple[list[float], list[float]]:
+        """Return positions and mean target accuracies; ``axis`` is ``steps`` or a field of :class:`Cost`."""
+        at = [float(p.steps if axis == "steps" else getattr(p.cost, axis)) for p in self.points]
+        return at, [self.mean(p, self.targets) or 0.0 for p in self.points]
+
+
+def curve(cell: Cell, targets: list[str], record: RunRecord, manifest: Callable[[str], Manifest]) -> Curve:
+    """Read a finished curriculum.
+
+    Args:
+        cell: Which one it is.
+        targets: Its target sets.
+        record: Its run.
+        manifest: Reads the manifest of a key.
+
+    Raises:
+        ArtifactError: It is not finished, or an artifact was made by a version that did not count its tokens.
+    """
+    if record.status != "done":
+        raise ArtifactError(f"run {record.run} ({cell.label}) is {record.status}; `cropi study` goes on with it")
+    paid: set[str] = set()
+    total, steps, points, selected = Cost(), 0, [], {}
+    for stage in range(cell.config.stages + 1):
+        for slot, entry in record.slots.items():
+            if not slot.endswith(f"@{stage}") or entry.ref.key in paid or slot == "policy@0":
+                continue
+            paid.add(entry.ref.key)
+            total += cost(slot, manifest(entry.ref.key))
+        if stage:
+            steps += int(manifest(record.slots[f"policy@{stage}"].ref.key).summary["steps"])
+            sources = manifest(record.slots[f"selection@{stage}"].ref.key).summary["sources"]
+            selected[stage] = {name: counts["selected"] for name, counts in sources.items()}
+        measured = manifest(record.slots[f"evaluation@{stage}"].ref.key).summary["accuracy"]
+        sets = {name: SetAccuracy(m["accuracy"], m["low"], m["high"]) for name, m in measured.items()}
+        points.append(Point(stage, steps, total, sets))
+    data = cell.config.data
+    return Curve(
+        world=cell.world,
+        arm=cell.arm,
+        seed=cell.seed,
+        run=record.run,
+        points=points,
+        targets=targets,
+        others=[name for name in data.test if name not in targets],
+        validation=list(data.validation),
+        selected=selected,
+    )
+
+
+def cost(slot: str, made: Manifest) -> Cost:
+    """Say what an artifact costs whoever uses it.
+
+    Raises:
+        ArtifactError: A trained policy whose tokens were not counted.
+    """
+    if made.step == "evaluation":
+        return Cost()
+    summary = made.summary
+    if made.step == "training":
+        if "tokens_trained" not in summary:
+            raise ArtifactError(
+                f"{slot} {made.key} was trained by a version that did not count its tokens; "
+                "make it again: --refresh training, or another root"
+            )
+        return Cost(summary["tokens_generated"], summary["tokens_trained"], made.seconds)
+    generated = int(summary["tokens"]) if made.step == "rollouts" else 0
+    trained = int(summary["tokens"]) if made.step == "gradients" else 0
+    return Cost(generated, trained, made.seconds)

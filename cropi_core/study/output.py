@@ -1,0 +1,146 @@
+"""Writes a study: ``results.parquet``, ``summary.json``, ``headline.json``, ``study.html``, ``accuracy.png``, and Markdown.
+
+    write_study(study, curves, failures, planned=40, out=Path(".cropi/studies/demo"))
+
+Equal curves give equal bytes: there is no clock in any of them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from cropi_core.report.page import environment
+from cropi_core.store import write_atomic
+from cropi_core.study import tables
+from cropi_core.study.compare import ALL, ArmResult, compare, headline
+from cropi_core.study.measure import FORWARD_AND_BACKWARD, Curve
+from cropi_core.study.plots import arms_png, arms_svg
+from cropi_core.tables import write_parquet
+from data_schemas.study import Study
+
+RULES = (
+    "Each figure is a ratio: what the reference needed, divided by what the arm needed, with the same seed, to come "
+    "first to the mean target accuracy that the reference has at its end; straight lines between evaluations; the "
+    "median over pairs, and a 95 % bootstrap interval over seeds within each world. The reference itself is read by the "
+    "same rule, so where it was there before its end, that counts.",
+    "An arm that never comes there has ratio 0 and counts in the median as the worst. A pair whose reference ends no "
+    "higher than it began is undefined and left out, and counted in the last column. Mean curves: the same ratio of the "
+    "curves averaged over seeds, with the interval over redrawn seeds.",
+)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A curriculum that did not finish."""
+
+    label: str
+    error: str
+
+
+def write_study(
+    study: Study, curves: Sequence[Curve], failures: Sequence[Failed], planned: int, out: Path
+) -> dict[str, Path]:
+    """Write all files of a study.
+
+    Args:
+        study: The study.
+        curves: Its finished curricula, at least one.
+        failures: Those that failed.
+        planned: How many it has.
+        out: Directory, created when absent.
+
+    Returns:
+        The files by what they are.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    results = compare(study, curves)
+    files = {
+        name: out / file
+        for name, file in (
+            ("results", "results.parquet"),
+            ("summary", "summary.json"),
+            ("headline", "headline.json"),
+            ("page", "study.html"),
+            ("picture", "accuracy.png"),
+            ("markdown", "tables.md"),
+        )
+    }
+    write_parquet(tables.points_table(curves), files["results"])
+    _json(files["summary"], tables.summary(study, results, planned, len(curves)))
+    figures = {"study": study.name, "curricula": {"planned": planned, "done": len(curves)}}
+    _json(files["headline"], figures | headline(study, results))
+    write_atomic(files["page"], page(study, curves, results, failures, planned))
+    files["picture"].write_bytes(arms_png(study, results))
+    write_atomic(files["markdown"], markdown(study, curves, results, failures, planned))
+    return files
+
+
+def _json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def sentence(study: Study, results: Sequence[ArmResult]) -> str:
+    """Say in one sentence what the subject came to."""
+    rows = [row for row in results if row.arm == study.subject and row.speed]
+    if not rows:
+        return f"{study.subject} and {study.reference} have no seed in common yet"
+    row = next((row for row in rows if row.world == ALL), rows[0])
+    steps, work = row.speed["steps"], row.speed["work"]
+    where = f"in {len([r for r in rows if r.world != ALL])} worlds" if row.world == ALL else f"in {row.world}"
+    return (
+        f"{study.subject} comes to the last accuracy of {study.reference} {tables.times(steps.median)} sooner by "
+        f"steps and {tables.times(work.median)} by total cost: {len(row.seeds)} seeds {where}, "
+        f"{steps.median.n if steps.median else 0} pairs, {steps.never} of them never there"
+    )
+
+
+def page(
+    study: Study, curves: Sequence[Curve], results: Sequence[ArmResult], failures: Sequence[Failed], planned: int
+) -> str:
+    """Return one self-contained page of HTML; names and errors are escaped."""
+    worlds = [world for world in study.worlds if any(row.world == world for row in results)]
+    figures = [(w, Markup(arms_svg(study, results, w))) for w in worlds]  # noqa: S704 - matplotlib escapes
+    runs = [[c.world, c.arm, str(c.seed), c.run, f"{c.points[-1].steps}"] for c in curves]
+    return environment().get_template("study.html.jinja").render(
+        study=study,
+        sentence=sentence(study, results),
+        planned=planned,
+        done=len(curves),
+        failures=failures,
+        figures=figures,
+        rules=RULES,
+        speed=tables.speed_grid(study, results),
+        targets=tables.accuracy_grid(results, "targets"),
+        others=tables.accuracy_grid(results, "others"),
+        leads=tables.lead_grid(results),
+        costs=tables.cost_grid(curves),
+        runs=(["world", "arm", "seed", "run", "steps"], runs),
+    )
+
+
+def markdown(
+    study: Study, curves: Sequence[Curve], results: Sequence[ArmResult], failures: Sequence[Failed], planned: int
+) -> str:
+    """Return the tables as Markdown, for documents that include them."""
+    parts = [
+        f"<!-- written by `cropi study`, not by hand: {study.name}, {len(curves)} of {planned} curricula -->",
+        f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
+        "![accuracy on the targets by optimizer step](accuracy.png)",
+        f"### Steps and cost to the accuracy that {study.reference} has at its end",
+        *RULES,
+        tables.markdown(tables.speed_grid(study, results)),
+        "### Accuracy on the targets at equal steps",
+        tables.markdown(tables.accuracy_grid(results, "targets")),
+        f"### Lead of {study.subject} on the targets, in points",
+        tables.markdown(tables.lead_grid(results)),
+        "### Accuracy on the other test sets at equal steps",
+        tables.markdown(tables.accuracy_grid(results, "others")),
+        "### What a whole curriculum costs, selection included",
+        f"Token forwards: one a token generated, {FORWARD_AND_BACKWARD} a token of forward and backward.",
+        tables.markdown(tables.cost_grid(curves)),
+    ]
+    parts += [f"- failed, and in no figure: {failure.label}: {failure.error}" for failure in failures]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,133 @@
+"""From a study file to its curricula: every arm, world and seed as a checked configuration.
+
+    study = load_study("demo")
+    for cell in cells(study, ["runtime.threads=1"]):
+        print(cell.label, cell.config.selection.strategy)
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from cropi_core.config_faults import Fault, describe, refuse
+from cropi_core.configuration import find_config, load_config, read_yaml
+from cropi_core.errors import ConfigError
+from data_schemas.config import Config
+from data_schemas.sources import WorldSource
+from data_schemas.study import Arm, Study, World
+
+FOLDER = "studies"
+"""Where in ``configs/`` the studies lie."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One curriculum of a study."""
+
+    world: str
+    arm: str
+    seed: int
+    config: Config
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.world} {self.arm} seed {self.seed}"
+
+
+def load_study(path_or_preset: str) -> Study:
+    """Read a study file, or the one of that name in ``configs/studies``.
+
+    Raises:
+        ConfigError: There is none, it is no YAML, or settings are unknown, wrong or contradict one another; all
+            faults are told.
+    """
+    path = find_config(path_or_preset, FOLDER)
+    try:
+        return Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        refuse(str(path), [_fault(dict(item)) for item in error.errors()])
+
+
+def _fault(item: dict[str, Any]) -> Fault:
+    return describe(Study, item) if item["loc"] else ("", item["msg"].removeprefix("Value error, "))
+
+
+def cells(study: Study, overrides: list[str] | None = None) -> list[Cell]:
+    """Build every curriculum, seed by seed, so that a study that was stopped has whole seeds; the reference first.
+
+    Args:
+        study: The study.
+        overrides: ``section.field=value`` put over all of them.
+
+    Raises:
+        ConfigError: Settings of a world or an arm are wrong; all of them are told, each with its place.
+    """
+    arms = sorted(study.arms, key=lambda name: name != study.reference)
+    first, faults = study.seeds[0], []
+    for world in study.worlds:
+        for arm in arms:
+            try:
+                config = _config(study, world, arm, first, overrides or [])
+            except ConfigError as error:
+                faults.append((f"world {world}, arm {arm}", "\n    ".join(str(error).splitlines())))
+                continue
+            faults += [(f"world {world}", text) for text in _wrong_targets(study.worlds[world], config)]
+    if faults:
+        refuse(f"study {study.name}", faults)
+    return [
+        Cell(world, arm, seed, _config(study, world, arm, seed, overrides or []))
+        for seed in study.seeds
+        for world in study.worlds
+        for arm in arms
+    ]
+
+
+def _config(study: Study, world: str, arm: str, seed: int, overrides: list[str]) -> Config:
+    """Put study, world, arm and seed over the base."""
+    name = f"{study.name}_{arm}"[:40]
+    layers = [study.settings, study.worlds[world].settings, study.arms[arm].settings, {"seed": seed, "name": name}]
+    texts = [f"{key}={json.dumps(value)}" for layer in layers for key, value in layer.items()]
+    config = load_config(study.base, texts + overrides)
+    return restricted(config) if _restricts(study.arms[arm]) else config
+
+
+def _restricts(arm: Arm) -> bool:
+    return arm.pool == "targets"
+
+
+def restricted(config: Config) -> Config:
+    """Leave in the pool only the families of the validation sets: what an oracle would train on.
+
+    They are the same prompts as in the whole pool.
+
+    Raises:
+        ConfigError: Pool or validation sets are not of the embedded world, or share no family.
+    """
+    sources = [config.data.pool, *config.data.validation.values()]
+    if not all(isinstance(source, WorldSource) for source in sources):
+        raise ConfigError("pool: targets is for the embedded world, whose prompts say what family they are of")
+    wanted = {name for source in sources[1:] if isinstance(source, WorldSource) for name in source.families}
+    pool = config.data.pool
+    assert isinstance(pool, WorldSource)
+    families = {name: count for name, count in pool.families.items() if name in wanted}
+    if not families:
+        raise ConfigError(
+            f"pool: targets leaves nothing: the pool has {', '.join(pool.families)}, the validation sets "
+            f"{', '.join(sorted(wanted))}"
+        )
+    data = config.data.model_copy(update={"pool": pool.model_copy(update={"families": families})})
+    return config.model_copy(update={"data": data})
+
+
+def _wrong_targets(world: World, config: Config) -> list[str]:
+    """List targets that are no test set."""
+    known = list(config.data.test)
+    return [
+        f"targets: {name} is no test set of it; there are {', '.join(known) or 'none'}"
+        + (" (a validation set chooses the data, and may not judge it)" if name in config.data.validation else "")
+        for name in world.targets
+        if name not in known
+    ]

@@ -1,0 +1,110 @@
+"""Statistics of a study: pure functions of numbers, each rule said where it is made.
+
+``reach`` is how far along an axis (steps, tokens, seconds) a curve first comes to a level, by straight lines between
+evaluations. A curve that never does is *censored*: its reach is infinite and its ratio 0, the worst there is, so that
+a median over seeds counts it as a failure and never leaves it out. Both curves of a ratio are read by the same rule:
+the reference's own reach may lie before its end, where it came to that level earlier, and then that is what counts.
+
+References:
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+INTERVAL = 0.95
+
+
+def reach(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """Return where the line through the points first comes to ``level``; infinite if it never does.
+
+    Args:
+        x: (n,) positions, ascending.
+        y: (n,) values.
+        level: To be reached or passed.
+
+    Raises:
+        ValueError: No points, or positions that go back.
+    """
+    if not len(x) or len(x) != len(y) or any(b < a for a, b in zip(x, x[1:], strict=False)):
+        raise ValueError(f"positions {list(x)} of values {list(y)} do not ascend point by point")
+    if y[0] >= level:
+        return float(x[0])
+    for i in range(1, len(x)):
+        if y[i] >= level:
+            share = (level - y[i - 1]) / (y[i] - y[i - 1])
+            return float(x[i - 1] + share * (x[i] - x[i - 1]))
+    return math.inf
+
+
+def ratio(reference: float, arm: float) -> float | None:
+    """Return how many times sooner an arm reaches the level than the reference does.
+
+    Returns:
+        0 where the arm never reaches it. None where there is nothing to compare: the reference ends no higher than it
+        began, so that the level is reached before any training. An arm that is there at once is as good as the
+        smallest distance can tell: ``reference / arm`` needs ``arm > 0``, so None as well.
+    """
+    if not 0 < reference < math.inf or arm <= 0:
+        return None
+    return 0.0 if math.isinf(arm) else reference / arm
+
+
+def interpolate(x: Sequence[float], y: Sequence[float], at: float) -> float | None:
+    """Return the value at a position, by straight lines; None outside the points."""
+    if not len(x) or at < x[0] or at > x[-1]:
+        return None
+    return float(np.interp(at, x, y))
+
+
+def bootstrap(
+    strata: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    draws: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a statistic of all values together.
+
+    Seeds are drawn with replacement within each stratum (world): a world is chosen and no sample, a seed is one. Values
+    are of pairs (an arm and the reference with one seed), so pairs stay together.
+
+    Args:
+        strata: Values by world, at least one in all.
+        statistic: From ``(draws, n)`` to ``(draws,)``, along the last axis.
+        draws: Of the bootstrap.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    groups = [np.asarray(values, dtype=float) for values in strata if len(values)]
+    if not groups:
+        raise ValueError("an interval needs at least one value")
+    random = np.random.Generator(np.random.PCG64(seed))
+    drawn = [values[random.integers(0, len(values), (draws, len(values)))] for values in groups]
+    found = np.sort(statistic(np.concatenate(drawn, axis=1)))
+    tail = (1 - INTERVAL) / 2
+    # Values of the sample and no mixtures of two: a censored ratio stays 0.
+    low, high = found[math.floor(tail * (draws - 1))], found[math.ceil((1 - tail) * (draws - 1))]
+    return float(low), float(high)
+
+
+def median(values: np.ndarray) -> np.ndarray:
+    """Return the median along the last axis; of an even number the mean of the middle two."""
+    return np.median(values, axis=-1)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean along the last axis."""
+    return np.mean(values, axis=-1)
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Average curves measured at the same positions, point by point.
+
+    Raises:
+        ValueError: They have not as many points.
+    """
+    return [float(np.mean(points)) for points in zip(*curves, strict=True)]

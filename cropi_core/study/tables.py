@@ -1,0 +1,194 @@
+"""Tables of a study: one long table of every evaluation, and the grids that people read.
+
+The long table (Parquet) has a row an evaluation and set, so that whoever doubts a figure can compute another.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from cropi_core.study.compare import ALL, ArmResult, Estimate
+from cropi_core.study.measure import Curve
+from data_schemas.study import Study
+
+Grid = tuple[list[str], list[list[str]]]
+
+POINTS = pa.schema(
+    [
+        pa.field("world", pa.string(), False),
+        pa.field("arm", pa.string(), False),
+        pa.field("seed", pa.int64(), False),
+        pa.field("run", pa.string(), False),
+        pa.field("stage", pa.int32(), False),
+        pa.field("steps", pa.int32(), False),
+        pa.field("set", pa.string(), False),
+        pa.field("role", pa.string(), False),
+        pa.field("accuracy", pa.float64(), False),
+        pa.field("low", pa.float64(), False),
+        pa.field("high", pa.float64(), False),
+        pa.field("tokens_generated", pa.int64(), False),
+        pa.field("tokens_trained", pa.int64(), False),
+        pa.field("work", pa.int64(), False),
+        pa.field("seconds", pa.float64(), False),
+        pa.field("selected_by_source", pa.string(), False),
+    ]
+)
+"""One row an evaluation and set; costs are those up to the evaluation, ``role`` is target, other or validation,
+``selected_by_source`` JSON of the stage before it."""
+
+
+def points_table(curves: Sequence[Curve]) -> pa.Table:
+    """Lay every evaluation of the curves out in rows of :data:`POINTS`."""
+    rows = []
+    for curve in curves:
+        roles = {name: "target" for name in curve.targets} | {name: "other" for name in curve.others}
+        for point in curve.points:
+            common = {
+                "world": curve.world,
+                "arm": curve.arm,
+                "seed": curve.seed,
+                "run": curve.run,
+                "stage": point.stage,
+                "steps": point.steps,
+                "tokens_generated": point.cost.generated,
+                "tokens_trained": point.cost.trained,
+                "work": point.cost.work,
+                "seconds": point.cost.seconds,
+                "selected_by_source": json.dumps(curve.selected.get(point.stage, {}), sort_keys=True),
+            }
+            rows += [
+                common | {"set": name, "role": roles.get(name, "validation"), **asdict(found)}
+                for name, found in sorted(point.sets.items())
+            ]
+    return pa.Table.from_pylist(rows, schema=POINTS)
+
+
+def summary(study: Study, results: Sequence[ArmResult], planned: int, done: int) -> dict[str, Any]:
+    """Return everything that was compared, in JSON types."""
+    return {
+        "study": study.name,
+        "curricula": {"planned": planned, "done": done},
+        "reference": study.reference,
+        "subject": study.subject,
+        "results": [asdict(row) for row in results],
+    }
+
+
+def speed_grid(study: Study, results: Sequence[ArmResult]) -> Grid:
+    """Lay out how many times sooner each arm comes to the reference's last accuracy, by steps and by cost."""
+    header = [
+        "world",
+        "arm",
+        "seeds",
+        "steps, median of seeds",
+        "steps, mean curves",
+        "cost in token forwards",
+        "tokens generated",
+        "tokens forward and backward",
+        "seconds",
+        "never",
+    ]
+    rows = []
+    for row in results:
+        if not row.speed:
+            continue
+        steps = row.speed["steps"]
+        pairs = len([1 for seeds in steps.pairs.values() for _ in seeds])
+        missing = f", {steps.undefined} undefined" if steps.undefined else ""
+        rows.append(
+            [
+                _world(row.world),
+                row.arm,
+                str(len(row.seeds)),
+                times(steps.median),
+                times(steps.curves),
+                *[times(row.speed[axis].median) for axis in ("work", "generated", "trained", "seconds")],
+                f"{steps.never} of {pairs}{missing}",
+            ]
+        )
+    return header, rows
+
+
+def accuracy_grid(results: Sequence[ArmResult], role: str, most: int = 6) -> Grid:
+    """Lay out mean accuracy at fixed steps; ``role`` is ``targets`` or ``others``."""
+    steps = shown_steps(sorted({step for row in results for step in getattr(row, role)}), most)
+    rows = [
+        [_world(row.world), row.arm, str(len(row.seeds)), *[share(getattr(row, role).get(step)) for step in steps]]
+        for row in results
+        if getattr(row, role)
+    ]
+    return ["world", "arm", "seeds", *[f"step {step}" for step in steps]], rows
+
+
+def lead_grid(results: Sequence[ArmResult], most: int = 6) -> Grid:
+    """Lay out the subject's lead over every other arm on the targets, in points, paired by seed."""
+    steps = shown_steps(sorted({step for row in results for step in row.ahead if step}), most)
+    rows = [
+        [_world(row.world), row.arm, *[points(row.ahead.get(step)) for step in steps]]
+        for row in results
+        if row.ahead
+    ]
+    return ["world", "ahead of", *[f"step {step}" for step in steps]], rows
+
+
+def cost_grid(curves: Sequence[Curve]) -> Grid:
+    """Lay out what a whole curriculum of each arm costs, the mean over worlds and seeds, selection included."""
+    header = ["arm", "curricula", "steps", "tokens generated", "tokens forward and backward", "token forwards", "seconds"]
+    rows = []
+    for arm in dict.fromkeys(curve.arm for curve in curves):
+        last = [curve.points[-1] for curve in curves if curve.arm == arm]
+        n = len(last)
+        means = [
+            sum(values) / n
+            for values in zip(
+                *[(p.steps, p.cost.generated, p.cost.trained, p.cost.work, p.cost.seconds) for p in last],
+                strict=True,
+            )
+        ]
+        rows.append([arm, str(n), *[f"{value:,.0f}" for value in means]])
+    return header, rows
+
+
+def shown_steps(steps: Sequence[int], most: int) -> list[int]:
+    """Choose at most ``most`` steps, the first and the last among them, evenly between."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def times(estimate: Estimate | None) -> str:
+    """Write a ratio with its interval; a median of 0 is an arm that did not come there."""
+    if estimate is None:
+        return "–"
+    if estimate.value == 0:
+        return f"not reached (≤ {estimate.high:.2f}×)"
+    return f"{estimate.value:.2f}× ({estimate.low:.2f}–{estimate.high:.2f})"
+
+
+def share(estimate: Estimate | None) -> str:
+    """Write an accuracy in per cent with its interval."""
+    if estimate is None:
+        return "–"
+    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+
+
+def points(estimate: Estimate | None) -> str:
+    """Write a difference in points with its interval."""
+    if estimate is None:
+        return "–"
+    text = f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+    return text.replace("-", "−")
+
+
+def _world(name: str) -> str:
+    return "all together" if name == ALL else name
+
+
+def markdown(grid: Grid) -> str:
+    """Write a grid as a Markdown table; a pipe in a name cannot end its cell."""
+    header, rows = grid
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

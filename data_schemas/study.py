@@ -1,0 +1,93 @@
+"""A study: arms by worlds by seeds of whole curricula, compared with one of the arms.
+
+A YAML file of ``configs/studies/`` is one :class:`Study`. It holds no configuration of its own but names one
+(``base``) and what is put over it: by the study, by the world, by the arm, in this order. Every curriculum so made is
+checked like any other before the first one runs.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_schemas.sources import Name, Section
+
+Settings = Annotated[
+    dict[str, Any],
+    Field(description="Dotted name to value, over the configuration: `selection.strategy: random`."),
+]
+
+
+class World(Section):
+    """What is trained on and what for: a pool, target sets, test sets."""
+
+    description: str = ""
+    settings: Settings = Field(default_factory=dict)
+    targets: list[Name] = Field(
+        min_length=1, description="Test sets whose mean accuracy the study is about; never validation sets."
+    )
+    dead_weight: bool = Field(
+        default=True, description="Whether the pool has prompts that teach nothing; said in the tables."
+    )
+
+
+class Arm(Section):
+    """One way to choose what to train on."""
+
+    description: str = ""
+    settings: Settings = Field(default_factory=dict)
+    pool: Literal["whole", "targets"] = Field(
+        default="whole",
+        description="`targets`: of the pool only the families of the validation sets (embedded world): the ceiling.",
+    )
+
+
+class Bootstrap(Section):
+    """Intervals: seeds drawn with replacement, within each world."""
+
+    draws: int = Field(default=10_000, ge=100, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class Study(Section):
+    """Whole curricula, arms × worlds × seeds."""
+
+    name: Name
+    description: str = ""
+    base: str = Field(description="A configuration file, or the name of a preset.")
+    settings: Settings = Field(default_factory=dict)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=1000)
+    worlds: dict[Name, World] = Field(min_length=1)
+    arms: dict[Name, Arm] = Field(min_length=2)
+    reference: Name = Field(
+        default="full", description="Arm whose accuracy at its end is what the others have to reach."
+    )
+    subject: Name = Field(default="cropi", description="Arm that the study is about.")
+    bootstrap: Bootstrap = Bootstrap()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        if faults := self.contradictions():
+            raise ValueError("; ".join(faults))
+        return self
+
+    def contradictions(self) -> list[str]:
+        """List what cannot hold together, with values."""
+        faults = [
+            f"{field}={name} is none of the arms {', '.join(self.arms)}{_meant(name, list(self.arms))}"
+            for field, name in (("reference", self.reference), ("subject", self.subject))
+            if name not in self.arms
+        ]
+        if self.reference == self.subject:
+            faults.append(f"reference and subject are both {self.subject}: an arm is not compared with itself")
+        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            faults.append(f"seeds {twice} come twice; the same curriculum again is no new evidence")
+        parts = [self.settings, *[part.settings for part in (*self.worlds.values(), *self.arms.values())]]
+        if fixed := {"seed", "name"} & {key for settings in parts for key in settings}:
+            faults.append(f"settings of {sorted(fixed)}: a study gives each curriculum its own")
+        return faults
+
+
+def _meant(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
