@@ -229,7 +229,7 @@ class Config(Section):
     stages: int = Field(default=2, ge=1, le=1000)
     rescore: Literal["each_stage", "once"] = Field(
         default="each_stage",
-        description="Whether every stage scores the pool under its own policy, or all stages use the first one's scores.",
+        description="Score the pool at every stage, under its policy, or use the first stage's scores in all.",
     )
     policy: PolicySource = PolicySource()
     data: Data

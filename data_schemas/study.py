@@ -79,7 +79,9 @@ class Study(Section):
             if name not in self.arms
         ]
         if self.reference == self.subject:
-            faults.append(f"reference and subject are both {self.subject}: an arm is not compared with itself")
+            faults.append(
+                f"reference and subject are both {self.subject}: an arm is not compared with itself"
+            )
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             faults.append(f"seeds {twice} come twice; the same curriculum again is no new evidence")
         parts = [self.settings, *[part.settings for part in (*self.worlds.values(), *self.arms.values())]]

@@ -69,14 +69,18 @@ def run_command(
 
 @app.command("study")
 def study_command(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file, or the name of a shipped study.")],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A YAML file, or the name of a shipped study.")
+    ],
     root: Root = DEFAULT_ROOT,
     override: Overrides = None,
     processes: Annotated[
         int | None, typer.Option(min=1, max=256, help="Curricula at once; default: one a core.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
-    tabulate: Annotated[bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")] = False,
+    tabulate: Annotated[
+        bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")
+    ] = False,
     write: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write tables, picture and figures there too.")
     ] = None,

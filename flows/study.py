@@ -84,7 +84,9 @@ def compare_study(
             (write / files[what].name).write_bytes(files[what].read_bytes())
     if as_json:
         figures = json.loads(files["headline"].read_text(encoding="utf-8"))
-        print_json(figures | {"failed": [vars(f) for f in told], "files": {k: str(v) for k, v in files.items()}})
+        print_json(
+            figures | {"failed": [vars(f) for f in told], "files": {k: str(v) for k, v in files.items()}}
+        )
     else:
         show(study, curves, told, files)
     return 1 if failures else 0

@@ -204,7 +204,13 @@ def headline(study: Study, results: Sequence[ArmResult]) -> dict[str, Any]:
     """Return the subject's figures in one level, and by world: what a benchmark's file holds."""
     rows = [row for row in results if row.arm == study.subject and row.speed]
     if not rows:
-        return {"median_step_ratio": None, "ci95_low": None, "seeds": 0, "median_cost_ratio": None, "worlds": {}}
+        return {
+            "median_step_ratio": None,
+            "ci95_low": None,
+            "seeds": 0,
+            "median_cost_ratio": None,
+            "worlds": {},
+        }
     whole = next((row for row in rows if row.world == ALL), rows[0])
     return _figures(whole) | {
         "worlds": {

@@ -105,7 +105,9 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, manifest: Callable[
         ArtifactError: It is not finished, or an artifact was made by a version that did not count its tokens.
     """
     if record.status != "done":
-        raise ArtifactError(f"run {record.run} ({cell.label}) is {record.status}; `cropi study` goes on with it")
+        raise ArtifactError(
+            f"run {record.run} ({cell.label}) is {record.status}; `cropi study` goes on with it"
+        )
     paid: set[str] = set()
     total, steps, points, selected = Cost(), 0, [], {}
     for stage in range(cell.config.stages + 1):

@@ -1,4 +1,4 @@
-"""Writes a study: ``results.parquet``, ``summary.json``, ``headline.json``, ``study.html``, ``accuracy.png``, and Markdown.
+"""Writes a study: its long table, its figures as JSON, a page, a picture, and tables in Markdown.
 
     write_study(study, curves, failures, planned=40, out=Path(".cropi/studies/demo"))
 
@@ -24,11 +24,11 @@ from data_schemas.study import Study
 RULES = (
     "Each figure is a ratio: what the reference needed, divided by what the arm needed, with the same seed, to come "
     "first to the mean target accuracy that the reference has at its end; straight lines between evaluations; the "
-    "median over pairs, and a 95 % bootstrap interval over seeds within each world. The reference itself is read by the "
-    "same rule, so where it was there before its end, that counts.",
+    "median over pairs, and a 95 % bootstrap interval over seeds within each world. The reference itself is read by "
+    "the same rule, so where it was there before its end, that counts.",
     "An arm that never comes there has ratio 0 and counts in the median as the worst. A pair whose reference ends no "
-    "higher than it began is undefined and left out, and counted in the last column. Mean curves: the same ratio of the "
-    "curves averaged over seeds, with the interval over redrawn seeds.",
+    "higher than it began is undefined and left out, and counted in the last column. Mean curves: the same ratio of "
+    "the curves averaged over seeds, with the interval over redrawn seeds.",
 )
 
 
@@ -98,31 +98,43 @@ def sentence(study: Study, results: Sequence[ArmResult]) -> str:
 
 
 def page(
-    study: Study, curves: Sequence[Curve], results: Sequence[ArmResult], failures: Sequence[Failed], planned: int
+    study: Study,
+    curves: Sequence[Curve],
+    results: Sequence[ArmResult],
+    failures: Sequence[Failed],
+    planned: int,
 ) -> str:
     """Return one self-contained page of HTML; names and errors are escaped."""
     worlds = [world for world in study.worlds if any(row.world == world for row in results)]
     figures = [(w, Markup(arms_svg(study, results, w))) for w in worlds]  # noqa: S704 - matplotlib escapes
     runs = [[c.world, c.arm, str(c.seed), c.run, f"{c.points[-1].steps}"] for c in curves]
-    return environment().get_template("study.html.jinja").render(
-        study=study,
-        sentence=sentence(study, results),
-        planned=planned,
-        done=len(curves),
-        failures=failures,
-        figures=figures,
-        rules=RULES,
-        speed=tables.speed_grid(study, results),
-        targets=tables.accuracy_grid(results, "targets"),
-        others=tables.accuracy_grid(results, "others"),
-        leads=tables.lead_grid(results),
-        costs=tables.cost_grid(curves),
-        runs=(["world", "arm", "seed", "run", "steps"], runs),
+    return (
+        environment()
+        .get_template("study.html.jinja")
+        .render(
+            study=study,
+            sentence=sentence(study, results),
+            planned=planned,
+            done=len(curves),
+            failures=failures,
+            figures=figures,
+            rules=RULES,
+            speed=tables.speed_grid(study, results),
+            targets=tables.accuracy_grid(results, "targets"),
+            others=tables.accuracy_grid(results, "others"),
+            leads=tables.lead_grid(results),
+            costs=tables.cost_grid(curves),
+            runs=(["world", "arm", "seed", "run", "steps"], runs),
+        )
     )
 
 
 def markdown(
-    study: Study, curves: Sequence[Curve], results: Sequence[ArmResult], failures: Sequence[Failed], planned: int
+    study: Study,
+    curves: Sequence[Curve],
+    results: Sequence[ArmResult],
+    failures: Sequence[Failed],
+    planned: int,
 ) -> str:
     """Return the tables as Markdown, for documents that include them."""
     parts = [

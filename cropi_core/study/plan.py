@@ -1,8 +1,8 @@
 """From a study file to its curricula: every arm, world and seed as a checked configuration.
 
-    study = load_study("demo")
-    for cell in cells(study, ["runtime.threads=1"]):
-        print(cell.label, cell.config.selection.strategy)
+study = load_study("demo")
+for cell in cells(study, ["runtime.threads=1"]):
+print(cell.label, cell.config.selection.strategy)
 """
 
 import json
@@ -88,7 +88,12 @@ def cells(study: Study, overrides: list[str] | None = None) -> list[Cell]:
 def _config(study: Study, world: str, arm: str, seed: int, overrides: list[str]) -> Config:
     """Put study, world, arm and seed over the base."""
     name = f"{study.name}_{arm}"[:40]
-    layers = [study.settings, study.worlds[world].settings, study.arms[arm].settings, {"seed": seed, "name": name}]
+    layers = [
+        study.settings,
+        study.worlds[world].settings,
+        study.arms[arm].settings,
+        {"seed": seed, "name": name},
+    ]
     texts = [f"{key}={json.dumps(value)}" for layer in layers for key, value in layer.items()]
     config = load_config(study.base, texts + overrides)
     return restricted(config) if _restricts(study.arms[arm]) else config
@@ -108,7 +113,9 @@ def restricted(config: Config) -> Config:
     """
     sources = [config.data.pool, *config.data.validation.values()]
     if not all(isinstance(source, WorldSource) for source in sources):
-        raise ConfigError("pool: targets is for the embedded world, whose prompts say what family they are of")
+        raise ConfigError(
+            "pool: targets is for the embedded world, whose prompts say what family they are of"
+        )
     wanted = {name for source in sources[1:] if isinstance(source, WorldSource) for name in source.families}
     pool = config.data.pool
     assert isinstance(pool, WorldSource)
@@ -127,7 +134,11 @@ def _wrong_targets(world: World, config: Config) -> list[str]:
     known = list(config.data.test)
     return [
         f"targets: {name} is no test set of it; there are {', '.join(known) or 'none'}"
-        + (" (a validation set chooses the data, and may not judge it)" if name in config.data.validation else "")
+        + (
+            " (a validation set chooses the data, and may not judge it)"
+            if name in config.data.validation
+            else ""
+        )
         for name in world.targets
         if name not in known
     ]

@@ -9,6 +9,7 @@ References:
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,7 @@ def reach(x: Sequence[float], y: Sequence[float], level: float) -> float:
     Raises:
         ValueError: No points, or positions that go back.
     """
-    if not len(x) or len(x) != len(y) or any(b < a for a, b in zip(x, x[1:], strict=False)):
+    if not len(x) or len(x) != len(y) or any(b < a for a, b in itertools.pairwise(x)):
         raise ValueError(f"positions {list(x)} of values {list(y)} do not ascend point by point")
     if y[0] >= level:
         return float(x[0])

@@ -44,7 +44,7 @@ def points_table(curves: Sequence[Curve]) -> pa.Table:
     """Lay every evaluation of the curves out in rows of :data:`POINTS`."""
     rows = []
     for curve in curves:
-        roles = {name: "target" for name in curve.targets} | {name: "other" for name in curve.others}
+        roles = dict.fromkeys(curve.targets, "target") | dict.fromkeys(curve.others, "other")
         for point in curve.points:
             common = {
                 "world": curve.world,
@@ -116,7 +116,12 @@ def accuracy_grid(results: Sequence[ArmResult], role: str, most: int = 6) -> Gri
     """Lay out mean accuracy at fixed steps; ``role`` is ``targets`` or ``others``."""
     steps = shown_steps(sorted({step for row in results for step in getattr(row, role)}), most)
     rows = [
-        [_world(row.world), row.arm, str(len(row.seeds)), *[share(getattr(row, role).get(step)) for step in steps]]
+        [
+            _world(row.world),
+            row.arm,
+            str(len(row.seeds)),
+            *[share(getattr(row, role).get(step)) for step in steps],
+        ]
         for row in results
         if getattr(row, role)
     ]
@@ -136,7 +141,8 @@ def lead_grid(results: Sequence[ArmResult], most: int = 6) -> Grid:
 
 def cost_grid(curves: Sequence[Curve]) -> Grid:
     """Lay out what a whole curriculum of each arm costs, the mean over worlds and seeds, selection included."""
-    header = ["arm", "curricula", "steps", "tokens generated", "tokens forward and backward", "token forwards", "seconds"]
+    tokens = ["tokens generated", "tokens forward and backward", "token forwards"]
+    header = ["arm", "curricula", "steps", *tokens, "seconds"]
     rows = []
     for arm in dict.fromkeys(curve.arm for curve in curves):
         last = [curve.points[-1] for curve in curves if curve.arm == arm]
@@ -164,23 +170,30 @@ def times(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     if estimate.value == 0:
-        return f"not reached (≤ {estimate.high:.2f}×)"
-    return f"{estimate.value:.2f}× ({estimate.low:.2f}–{estimate.high:.2f})"
+        return f"not reached (≤ {estimate.high:.2f}×)" if estimate.n > 1 else "not reached"
+    return f"{estimate.value:.2f}×" + _between(estimate, "{:.2f}", "–")
 
 
 def share(estimate: Estimate | None) -> str:
     """Write an accuracy in per cent with its interval."""
     if estimate is None:
         return "–"
-    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+    return f"{100 * estimate.value:.1f} %" + _between(estimate, "{:.1f}", "–", 100)
 
 
 def points(estimate: Estimate | None) -> str:
     """Write a difference in points with its interval."""
     if estimate is None:
         return "–"
-    text = f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+    text = f"{100 * estimate.value:+.1f}" + _between(estimate, "{:+.1f}", " to ", 100)
     return text.replace("-", "−")
+
+
+def _between(estimate: Estimate, form: str, dash: str, factor: float = 1) -> str:
+    """Write an interval; one pair has none."""
+    if estimate.n < 2:
+        return ""
+    return f" ({form.format(factor * estimate.low)}{dash}{form.format(factor * estimate.high)})"
 
 
 def _world(name: str) -> str:

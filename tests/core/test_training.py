@@ -411,6 +411,30 @@ def kill_after(workspace: Path, settings: Training, step: int, delay: float) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("iterations", "steps"), [(1, 6), (2, 6), (2, 5)])
+def test_the_tokens_of_a_stage_are_those_that_went_through_the_model(
+    workspace: Path, monkeypatch, iterations, steps
+):
+    made, passes = [], []
+    rollout, loss = grpo.Stage.rollout, grpo.QuietTrainer._compute_loss
+
+    def sampled(self, prompts, trainer):
+        made.append(rollout(self, prompts, trainer))
+        return made[-1]
+
+    def counted(self, model, inputs):
+        passes.append(int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()))
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(grpo.Stage, "rollout", sampled)
+    monkeypatch.setattr(grpo.QuietTrainer, "_compute_loss", counted)
+    summary, _ = run(workspace, training=SMALL.model_copy(update={"iterations": iterations, "steps": steps}))
+    assert summary["tokens_generated"] == sum(len(ids) for batch in made for ids in batch["completion_ids"])
+    # Where the last batch is passed over fewer times, the count takes the mean number of passes for all.
+    exact = iterations == 1 or steps % iterations == 0
+    assert summary["tokens_trained"] == pytest.approx(sum(passes), rel=0 if exact else 0.1)
+
+
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_stage_killed_at_any_instant_ends_with_the_same_bytes(workspace: Path, iterations):
     settings = SMALL.model_copy(

@@ -73,6 +73,7 @@ CONTRADICTIONS = {
     "min_gradable": {"rollouts": {"pool": {"samples": 2}}, "objective": {"min_gradable": 3}},
     "training.beta": {"training": {"reference": "base"}},
     "warmup_steps": {"training": {"steps": 3, "warmup_steps": 4}},
+    "rescore=once": {"rescore": "once", "rollouts": {"refresh": "always"}},
     "strategy=full": {"selection": {"strategy": "full", "ratio": 0.5}},
     "projection.dtype": {"projection": {"kind": "none"}},
     "share the names": {"data": {"pool": WORLD, "validation": {"v": WORLD}, "test": {"v": WORLD}}},

@@ -1,0 +1,313 @@
+"""A study: its file, its curricula, what they cost, and the files that come out."""
+
+import html
+import itertools
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+pytest.importorskip("trl", reason="training needs the extra `train`")
+pytest.importorskip("matplotlib", reason="pages need the extra `report`")
+
+from cropi_core.curriculum import curriculum
+from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.runs import load_run, run_id
+from cropi_core.steps import run_step
+from cropi_core.store import Store
+from cropi_core.study import tables
+from cropi_core.study.compare import ALL, common_steps, compare, headline
+from cropi_core.study.measure import Cost, Curve, Point, SetAccuracy, cost, curve
+from cropi_core.study.output import Failed, write_study
+from cropi_core.study.plan import cells, load_study
+from data_schemas.study import Study
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+
+
+def world(**families):
+    return {"kind": "world", "families": families}
+
+
+def settings(**changes):
+    return {
+        "name": "tiny",
+        "base": "demo",
+        "settings": {
+            "stages": 2,
+            "data.pool": world(reverse=16, copy=8, noise=8, lucky=8),
+            "data.validation": {"goal": world(reverse=8)},
+            "data.test": {"held_out": world(reverse=8), "other": world(sort=8)},
+            "rollouts.pool.samples": 4,
+            "rollouts.validation.samples": 4,
+            "projection.k": 256,
+            "selection.ratio": 0.2,
+            "training.steps": 2,
+            "training.prompts_per_step": 4,
+            "training.sampling.samples": 4,
+            "evaluation.sampling.samples": 2,
+            "runtime.device": "cpu",
+            "runtime.threads": 1,
+        },
+        "seeds": [0],
+        "worlds": {"one": {"targets": ["held_out"]}},
+        "arms": {
+            "full": {"settings": {"selection.strategy": "full", "selection.ratio": 1.0}},
+            "once": {"settings": {"rescore": "once"}},
+            "cropi": {},
+        },
+    } | changes
+
+
+def study(**changes):
+    return Study.model_validate(settings(**changes))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """All curricula of the tiny study, in one root."""
+    store = Store(tmp_path_factory.mktemp("study") / "root")
+    plan = study()
+    for cell in cells(plan):
+        curriculum(cell.config, store, lambda spec: run_step(spec, store))
+    return plan, store
+
+
+def curves_of(plan, store):
+    return [
+        curve(c, plan.worlds[c.world].targets, load_run(store, run_id(c.config)), store.manifest)
+        for c in cells(plan)
+    ]
+
+
+# -- the file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_shipped_study_is_whole(path):
+    plan = load_study(str(path))
+    made = cells(plan)
+    assert len(made) == len(plan.seeds) * len(plan.worlds) * len(plan.arms)
+    assert len({run_id(cell.config) for cell in made}) == len(made)
+    for (_, reference), (_, arm) in itertools.product(
+        [(c.seed, c) for c in made if c.arm == plan.reference], [(c.seed, c) for c in made]
+    ):
+        if (reference.world, reference.seed) == (arm.world, arm.seed):
+            # What judges is the same for all: prompts, samples and seed of every evaluation.
+            assert reference.config.data.test == arm.config.data.test
+            assert reference.config.evaluation == arm.config.evaluation
+            trained = {"steps"} if reference.config.training.steps != arm.config.training.steps else set()
+            assert reference.config.training.model_dump(exclude=trained) == arm.config.training.model_dump(
+                exclude=trained
+            )
+
+
+def written(path, **changes):
+    path.write_text(yaml.safe_dump(settings(**changes)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reference": "ful"}, "did you mean full"),
+        ({"subject": "full"}, "not compared with itself"),
+        ({"seeds": [1, 1]}, r"seeds \[1\] come twice"),
+        ({"sedes": [1]}, "did you mean seeds"),
+        ({"settings": {"seed": 3}}, "gives each curriculum its own"),
+        ({"worlds": {"one": {"targets": []}}}, "worlds.one.targets"),
+        ({"bootstrap": {"draws": 3}}, "bootstrap.draws"),
+    ],
+)
+def test_a_wrong_study_is_told_with_what_was_meant(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        load_study(written(tmp_path / "s.yaml", **changes))
+
+
+def test_every_wrong_arm_and_world_is_told_at_once_with_its_place(tmp_path):
+    arms = {
+        "full": {"settings": {"selection.strateg": "full"}},
+        "cropi": {"settings": {"training.steps": 0}},
+    }
+    worlds = {"one": {"targets": ["goal"]}, "two": {"targets": ["held_out"], "settings": {"data.tset": {}}}}
+    with pytest.raises(ConfigError) as told:
+        cells(load_study(written(tmp_path / "s.yaml", arms=arms, worlds=worlds)))
+    text = str(told.value)
+    for part in ("world one, arm full", "did you mean strategy", "world two, arm cropi", "training.steps"):
+        assert part in text
+    arms["full"], arms["cropi"] = {}, {"settings": {"selection.ratio": 0.3}}
+    with pytest.raises(ConfigError, match=r"goal is no test set.*may not judge"):
+        cells(load_study(written(tmp_path / "s.yaml", arms=arms, worlds={"one": worlds["one"]})))
+
+
+def test_an_unknown_study_is_told_with_those_there_are():
+    with pytest.raises(ConfigError, match="did you mean demo"):
+        load_study("demos")
+
+
+def test_seeds_come_whole_and_the_reference_first():
+    plan = study(seeds=[3, 1], worlds={"a": {"targets": ["other"]}, "b": {"targets": ["held_out"]}})
+    made = cells(plan, ["stages=1"])
+    assert [cell.seed for cell in made] == [3] * 6 + [1] * 6
+    assert made[0].arm == "full"
+    assert all(cell.config.stages == 1 and cell.config.seed == cell.seed for cell in made)
+
+
+def test_the_ceiling_trains_on_prompts_of_the_pool(tmp_path):
+    from cropi_core.world import build
+
+    oracle = {"pool": "targets", "settings": {"selection.strategy": "full", "selection.ratio": 1.0}}
+    made = {
+        c.arm: c
+        for c in cells(study(arms={"full": {}, "cropi": {"settings": {"stages": 1}}, "oracle": oracle}))
+    }
+    whole, part = (made[name].config.data.pool for name in ("full", "oracle"))
+    ids = [set(build(p.families, "pool", p.seed)["prompt_id"].to_pylist()) for p in (whole, part)]
+    assert part.families == {"reverse": 16}
+    assert ids[1] < ids[0]
+    far = {"data.validation": {"goal": world(shift=8)}}
+    with pytest.raises(ConfigError, match="targets leaves nothing"):
+        cells(
+            study(
+                arms={"full": {}, "cropi": {"settings": {"stages": 1}}, "oracle": oracle},
+                worlds={"one": {"targets": ["held_out"], "settings": far}},
+            )
+        )
+
+
+# -- what they measured and cost ------------------------------------------------------------------------------
+
+
+def test_scores_of_the_first_stage_serve_all_where_they_are_asked_to(ran):
+    plan, store = ran
+    records = {c.arm: load_run(store, run_id(c.config)) for c in cells(plan)}
+    once, each = records["once"], records["cropi"]
+    assert [s for s in once.slots if s.startswith("scores")] == ["scores@1"]
+    assert [s for s in each.slots if s.startswith("scores")] == ["scores@1", "scores@2"]
+    assert not any(slot.startswith("gradients") and slot.endswith("@2") for slot in once.slots)
+    used = store.manifest(once.slots["selection@2"].ref).inputs["scores"]
+    assert used == once.slots["scores@1"].ref == each.slots["scores@1"].ref
+    assert once.slots["policy@1"].ref == each.slots["policy@1"].ref, "the first stage is shared"
+
+
+def test_selection_is_charged_to_who_uses_it_also_when_it_was_found(ran):
+    plan, store = ran
+    found = {c.arm: c for c in curves_of(plan, store)}
+    full, once, each = (found[name].points for name in ("full", "once", "cropi"))
+    assert once[1].cost == each[1].cost, "the same first stage, computed by one and found by the other"
+    pool = store.manifest(load_run(store, found["once"].run).slots["rollouts/pool@1"].ref)
+    assert once[1].cost.generated - pool.summary["tokens"] > 0
+    assert once[2].cost.work < each[2].cost.work, "scored once, not twice"
+    assert full[0].cost == Cost(), "the base costs nothing, nor does looking at it"
+    for points in (full, once, each):
+        assert [p.steps for p in points] == [0, 2, 4]
+        assert all(a.cost.work < b.cost.work for a, b in itertools.pairwise(points))
+
+
+def test_the_cost_of_a_whole_run_is_the_sum_of_its_artifacts(ran):
+    plan, store = ran
+    for one in curves_of(plan, store):
+        record = load_run(store, one.run)
+        made = {
+            e.ref.key: (slot, store.manifest(e.ref)) for slot, e in record.slots.items() if "@0" not in slot
+        }
+        total = sum((cost(slot, m) for slot, m in made.values() if m.step != "prompts"), Cost())
+        assert one.points[-1].cost.generated == total.generated
+        assert one.points[-1].cost.trained == total.trained
+        assert one.points[-1].cost.seconds == pytest.approx(total.seconds)
+
+
+def test_an_unfinished_run_has_no_curve(ran):
+    plan, store = ran
+    cell = cells(plan)[0]
+    record = load_run(store, run_id(cell.config)).model_copy(update={"status": "running"})
+    with pytest.raises(ArtifactError, match="is running"):
+        curve(cell, ["held_out"], record, store.manifest)
+
+
+# -- what comes out -------------------------------------------------------------------------------------------
+
+
+def made_up(arm, y, seed=0, where="one", step=10):
+    """A curve whose accuracies are given, and whose cost is ten tokens a step."""
+    points = [
+        Point(i, step * i, Cost(10 * step * i, 0, 1.0 * i), {"held_out": SetAccuracy(v, v, v)})
+        for i, v in enumerate(y)
+    ]
+    return Curve(where, arm, seed, f"run-{arm}-{seed}", points, ["held_out"], [], [], {})
+
+
+def test_ratios_are_paired_and_censored_as_the_rule_says():
+    plan = study(seeds=[0, 1])
+    found = [
+        made_up("full", [0.4, 0.5, 0.6, 0.7]),
+        made_up("cropi", [0.4, 0.7, 0.7, 0.7]),
+        made_up("full", [0.4, 0.5, 0.6, 0.7], seed=1),
+        made_up("cropi", [0.4, 0.5, 0.6, 0.6], seed=1),
+    ]
+    row = next(r for r in compare(plan, found) if r.arm == "cropi")
+    steps = row.speed["steps"]
+    assert steps.pairs == {"one": {0: pytest.approx(3.0), 1: 0.0}}
+    assert steps.never == 1
+    assert steps.median is not None
+    assert steps.median.value == pytest.approx(1.5)
+    figures = headline(plan, compare(plan, found))
+    assert figures["median_step_ratio"] == pytest.approx(1.5)
+    assert figures["never_reached"] == 1
+    assert figures["seeds"] == 2
+
+
+def test_an_arm_that_is_ahead_is_ahead_by_what_it_says():
+    plan = study()
+    found = [made_up("full", [0.4, 0.5]), made_up("cropi", [0.4, 0.6]), made_up("once", [0.4, 0.6])]
+    rows = {r.arm: r for r in compare(plan, found)}
+    assert rows["full"].ahead[10].value == pytest.approx(0.1)
+    assert rows["once"].ahead[10].value == pytest.approx(0.0)
+    assert rows["cropi"].ahead == {}
+
+
+def test_worlds_come_together_in_a_last_row():
+    two = {"a": {"targets": ["held_out"]}, "b": {"targets": ["held_out"]}}
+    plan = study(worlds=two)
+    y = {"full": [0.4, 0.5, 0.6], "cropi": [0.4, 0.6, 0.6]}
+    found = [made_up(arm, values, where=name) for name in two for arm, values in y.items()]
+    results = compare(plan, found)
+    assert [r.world for r in results] == ["a", "a", "b", "b", ALL, ALL]
+    assert set(headline(plan, results)["worlds"]) == {"a", "b"}
+    assert common_steps(found) == [0, 10, 20]
+
+
+def test_steps_shown_have_both_ends():
+    assert tables.shown_steps(list(range(0, 210, 10)), 6) == [0, 40, 80, 120, 160, 200]
+    assert tables.shown_steps([0, 20], 6) == [0, 20]
+
+
+def test_files_say_what_the_curves_say_and_nothing_in_them_acts(ran, tmp_path):
+    plan, store = ran
+    hostile = "<script>alert(1)</script> | {{ 7 * 7 }}"
+    plan = plan.model_copy(update={"description": hostile})
+    found = curves_of(plan, store)
+    files = write_study(plan, found, [Failed("x", hostile)], 4, tmp_path / "a")
+    table = pq.read_table(files["results"])
+    assert table.schema.equals(tables.POINTS)
+    assert table.num_rows == sum(len(p.sets) for c in found for p in c.points)
+    text = files["page"].read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert html.escape("<script>alert(1)</script>") in text
+    assert "{{ 7 * 7 }}" in html.unescape(text)
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", text), "nothing is loaded from anywhere"
+    assert files["picture"].read_bytes().startswith(b"\x89PNG")
+    again = write_study(plan, found, [Failed("x", hostile)], 4, tmp_path / "b")
+    for name in ("results", "summary", "headline", "page", "markdown", "picture"):
+        assert files[name].read_bytes() == again[name].read_bytes(), name
+
+
+def test_an_artifact_whose_tokens_were_not_counted_is_named(ran):
+    plan, store = ran
+    record = load_run(store, curves_of(plan, store)[0].run)
+    made = store.manifest(record.slots["policy@1"].ref)
+    old = made.model_copy(update={"summary": {k: v for k, v in made.summary.items() if "token" not in k}})
+    with pytest.raises(ArtifactError, match=f"{made.key}.*--refresh training"):
+        cost("policy@1", old)
