@@ -53,6 +53,10 @@ class Teller:
     def finished(self, slot: str, result: StepResult) -> None:
         """Say nothing: the next step does."""
 
+    def ask(self, question: str) -> str:
+        """Ask nobody: a study approves no selection."""
+        raise CropiError(f"a study has nobody to answer {question!r}")
+
 
 def main() -> None:
     """Run what comes in until nothing does."""
@@ -61,6 +65,8 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     teller, work = Teller(channel), _incoming()
+    from prefect.states import State
+
     from flows.curriculum import curriculum
     from flows.environment import quiet_console
     from flows.server import drain
@@ -72,8 +78,10 @@ def main() -> None:
         while (settings := work.get()) is not None:
             try:
                 with watched_by(teller):
-                    outcome = curriculum(config=Config.model_validate(settings), root=root)
-                teller.tell(run=outcome["run"])
+                    state: State[Any] = curriculum(
+                        config=Config.model_validate(settings), root=root, return_state=True
+                    )
+                teller.tell(run=state.result()["run"])
             except CropiError as error:
                 teller.tell(failed=str(error))
             except Exception as error:  # one curriculum's fault, whatever it is, is not the others'
