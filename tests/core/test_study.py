@@ -2,7 +2,10 @@
 
 import html
 import itertools
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -311,3 +314,16 @@ def test_an_artifact_whose_tokens_were_not_counted_is_named(ran):
     old = made.model_copy(update={"summary": {k: v for k, v in made.summary.items() if "token" not in k}})
     with pytest.raises(ArtifactError, match=f"{made.key}.*--refresh training"):
         cost("policy@1", old)
+
+
+def test_the_benchmark_writes_the_figures_of_what_is_finished(ran, tmp_path):
+    _, store = ran
+    plan = written(tmp_path / "tiny.yaml")
+    out = tmp_path / "acceleration.json"
+    script = Path(__file__).parents[2] / "benchmarks" / "acceleration.py"
+    command = [sys.executable, script, "--root", store.root, "--study", plan, "--json", out]
+    subprocess.run(command, check=True, capture_output=True)
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert figures["curricula"] == {"planned": 3, "done": 3}
+    assert {"median_step_ratio", "ci95_low", "seeds", "median_cost_ratio", "machine"} <= figures.keys()
+    assert figures["worlds"]["one"]["targets"] == ["held_out"]
