@@ -15,18 +15,19 @@ from pathlib import Path
 
 from machine import machine
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from cropi_core.store import Store
 from cropi_core.study.compare import compare, headline
 from cropi_core.study.plan import cells, load_study
 from flows.study import read_curves
 
+HERE = Path(__file__).resolve().parent
+
 
 def main() -> None:
     """Compare and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True, help="root that the study was run under")
     parser.add_argument("--study", default="acceleration")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "acceleration.json")
@@ -38,7 +39,9 @@ def main() -> None:
         sys.exit(f"nothing of study {study.name} is finished under {given.root}")
     figures = headline(study, compare(study, curves))
     done = {"study": study.name, "curricula": {"planned": len(planned), "done": len(curves)}}
-    given.json.write_text(json.dumps(done | figures | {"machine": machine()}, indent=1) + "\n", encoding="utf-8")
+    given.json.write_text(
+        json.dumps(done | figures | {"machine": machine()}, indent=1) + "\n", encoding="utf-8"
+    )
     print(given.json.read_text(encoding="utf-8"))
 
 
