@@ -78,6 +78,9 @@ def study_command(
         int | None, typer.Option(min=1, max=256, help="Curricula at once; default: one a core.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; repeatable.")
+    ] = None,
     tabulate: Annotated[
         bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")
     ] = False,
@@ -100,6 +103,7 @@ def study_command(
                 stack,
                 processes=processes,
                 seeds=seeds,
+                arms=arm or [],
                 tabulate=tabulate,
                 write=write,
                 as_json=as_json,

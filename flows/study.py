@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cropi_core.cli_output import print_json, print_table
+from cropi_core.config_faults import near
 from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.runs import load_run, run_id
 from cropi_core.store import Store
@@ -33,6 +34,7 @@ def compare_study(
     *,
     processes: int | None,
     seeds: int | None,
+    arms: list[str],
     tabulate: bool,
     write: Path | None,
     as_json: bool,
@@ -47,6 +49,7 @@ def compare_study(
         stack: Ends the Prefect server that is started where the user has none.
         processes: Curricula at once; None is one a core.
         seeds: Only the first so many seeds; None is all.
+        arms: Run only these; all are compared.
         tabulate: Run nothing.
         write: Directory that gets tables, picture and figures too.
         as_json: Print the figures as JSON and nothing else.
@@ -59,12 +62,17 @@ def compare_study(
         ConfigError: The study is wrong, or has nothing to compare yet.
     """
     study = load_study(name)
+    for arm in arms:
+        if arm not in study.arms:
+            guess = near(arm, list(study.arms))
+            raise ConfigError(f"--arm {arm}: no such arm{guess}; there are {', '.join(study.arms)}")
     if seeds is not None:
         study = study.model_copy(update={"seeds": study.seeds[:seeds]})
     planned = cells(study, overrides)
     store = Store(root)
-    missing = [cell for cell in planned if finished(store, cell) is None]
-    board = Terminal(len(planned), len(planned) - len(missing), quiet=quiet)
+    asked = [cell for cell in planned if not arms or cell.arm in arms]
+    missing = [cell for cell in asked if finished(store, cell) is None]
+    board = Terminal(len(asked), len(asked) - len(missing), quiet=quiet)
     failures = []
     if missing and not tabulate:
         failures = run_missing(missing, root, processes, stack, board)

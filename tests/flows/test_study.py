@@ -124,6 +124,9 @@ def test_a_wrong_study_costs_no_server_and_nothing_to_compare_is_told(tmp_path: 
     assert "did you mean full" in err
     assert not (tmp_path / "root").exists()
     study = written(tmp_path / "tiny.yaml")
+    _, err = (run := start(study, tmp_path / "root", "--arm", "crop")).communicate(timeout=100)
+    assert run.returncode == 2
+    assert "did you mean cropi" in err
     _, err = (run := start(study, tmp_path / "root", "--tabulate")).communicate(timeout=100)
     assert run.returncode == 2
     assert "none of its 3 curricula is finished" in err
