@@ -85,7 +85,7 @@ def study_command(
         bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")
     ] = False,
     write: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write tables, picture and figures there too.")
+        Path | None, typer.Option(metavar="PAGE.md", help="Put the tables between the page's marks for it.")
     ] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,

@@ -22,9 +22,6 @@ from cropi_core.study.plan import Cell, cells, load_study
 from data_schemas.manifest import RunRecord
 from data_schemas.study import Study
 
-COPIED = ("headline", "picture", "markdown")
-"""What `--write` puts into a directory of documents."""
-
 
 def compare_study(
     name: str,
@@ -51,7 +48,7 @@ def compare_study(
         seeds: Only the first so many seeds; None is all.
         arms: Run only these; all are compared.
         tabulate: Run nothing.
-        write: Directory that gets tables, picture and figures too.
+        write: Markdown page with marks for this study, which gets its tables; the picture goes beside it.
         as_json: Print the figures as JSON and nothing else.
         quiet: Show no progress.
 
@@ -82,14 +79,12 @@ def compare_study(
             f"study {study.name}: none of its {len(planned)} curricula is finished under {root}"
             + "".join(f"; {failure.cell.label}: {failure.error}" for failure in failures[:3])
         )
-    from cropi_core.study.output import Failed, write_study
+    from cropi_core.study.output import Failed, into_page, write_study
 
     told = [Failed(failure.cell.label, failure.error) for failure in failures]
     files = write_study(study, curves, told, len(planned), root / "studies" / study.name)
     if write is not None:
-        write.mkdir(parents=True, exist_ok=True)
-        for what in COPIED:
-            (write / files[what].name).write_bytes(files[what].read_bytes())
+        into_page(write, study.name, files["markdown"], files["picture"])
     if as_json:
         figures = json.loads(files["headline"].read_text(encoding="utf-8"))
         print_json(

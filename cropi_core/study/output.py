@@ -12,6 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from cropi_core.errors import ConfigError
 from cropi_core.report.page import environment
 from cropi_core.store import write_atomic
 from cropi_core.study import tables
@@ -78,6 +79,29 @@ def write_study(
     return files
 
 
+def into_page(page: Path, name: str, tables: Path, picture: Path) -> None:
+    """Put a study's tables between its marks in a Markdown page, and its picture into a folder named as the page.
+
+    The marks are lines: ``<!-- study NAME -->`` and ``<!-- end of study NAME -->``. What is between them is replaced.
+
+    Raises:
+        ConfigError: There is no such page, or it has not both marks, once and in this order.
+    """
+    begin, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest:
+        raise ConfigError(
+            f"{page} must have a line {begin.strip()!r} and below it {end!r}, each once; the tables go between them"
+        )
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.png").write_bytes(picture.read_bytes())
+    body = tables.read_text(encoding="utf-8").replace("(accuracy.png)", f"({folder.name}/{name}.png)")
+    write_atomic(page, f"{before}{begin}\n{body}\n{end}{after}")
+
+
 def _json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
@@ -138,7 +162,7 @@ def markdown(
 ) -> str:
     """Return the tables as Markdown, for documents that include them."""
     parts = [
-        f"<!-- written by `cropi study`, not by hand: {study.name}, {len(curves)} of {planned} curricula -->",
+        f"<!-- written by `cropi study {study.name} --write`, not by hand -->",
         f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
         "![accuracy on the targets by optimizer step](accuracy.png)",
         f"### Steps and cost to the accuracy that {study.reference} has at its end",

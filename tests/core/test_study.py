@@ -23,7 +23,7 @@ from cropi_core.store import Store
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, common_steps, compare, headline
 from cropi_core.study.measure import Cost, Curve, Point, SetAccuracy, cost, curve
-from cropi_core.study.output import Failed, write_study
+from cropi_core.study.output import Failed, into_page, write_study
 from cropi_core.study.plan import cells, load_study
 from data_schemas.study import Study
 
@@ -305,6 +305,27 @@ def test_files_say_what_the_curves_say_and_nothing_in_them_acts(ran, tmp_path):
     again = write_study(plan, found, [Failed("x", hostile)], 4, tmp_path / "b")
     for name in ("results", "summary", "headline", "page", "markdown", "picture"):
         assert files[name].read_bytes() == again[name].read_bytes(), name
+
+
+def test_tables_go_between_the_marks_of_a_page_and_nowhere_else(ran, tmp_path):
+    plan, store = ran
+    files = write_study(plan, curves_of(plan, store), [], 3, tmp_path / "out")
+    page = tmp_path / "evidence.md"
+    around = ["# Said by a person\n\n<!-- study tiny -->\n", "<!-- end of study tiny -->\n\nand this too\n"]
+    for between in ("", "\nwhat an earlier study wrote\n"):
+        page.write_text(between.join(around), encoding="utf-8")
+        into_page(page, "tiny", files["markdown"], files["picture"])
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith(around[0])
+        assert text.endswith(around[1])
+        assert "earlier" not in text
+        assert "](evidence/tiny.png)" in text
+        assert (tmp_path / "evidence" / "tiny.png").read_bytes() == files["picture"].read_bytes()
+    for wrong in ("", around[0], "".join(reversed(around)), around[0] * 2 + around[1]):
+        page.write_text(wrong, encoding="utf-8")
+        with pytest.raises(ConfigError, match="each once"):
+            into_page(page, "tiny", files["markdown"], files["picture"])
+        assert page.read_text(encoding="utf-8") == wrong
 
 
 def test_an_artifact_whose_tokens_were_not_counted_is_named(ran):

@@ -57,7 +57,9 @@ def gone(root: Path, within: float = 30) -> bool:
 def test_a_study_one_of_whose_curricula_fails_and_the_same_study_again(tmp_path: Path):
     arms = settings()["arms"] | {"starved": {"settings": {"selection.ratio": 0.05}}}
     study, root = written(tmp_path / "tiny.yaml", arms=arms), tmp_path / "root"
-    first = start(study, root, "--processes", "2", "--json", "--write", str(tmp_path / "docs"))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- study tiny -->\nold\n<!-- end of study tiny -->\nafter\n", encoding="utf-8")
+    first = start(study, root, "--processes", "2", "--json", "--write", str(page))
     out, err = first.communicate(timeout=500)
     assert first.returncode == 1, err
     told = json.loads(out)
@@ -65,8 +67,11 @@ def test_a_study_one_of_whose_curricula_fails_and_the_same_study_again(tmp_path:
     (failed,) = told["failed"]
     assert failed["label"] == "one starved seed 0"
     assert "selected 2 prompts of 40" in failed["error"]
-    assert {p.name for p in (tmp_path / "docs").iterdir()} == {"headline.json", "tables.md", "accuracy.png"}
-    assert "starved" in (tmp_path / "docs" / "tables.md").read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "one starved seed 0: stage 1 selected 2 prompts of 40" in text
+    assert (tmp_path / "page" / "tiny.png").is_file()
     assert gone(root)
     # What two arms have in common was computed once, though they ran side by side.
     store = Store(root)
