@@ -109,7 +109,7 @@ def read_curves(study: Study, planned: Sequence[Cell], store: Store) -> list[Cur
     """Read the curricula that are finished, in the order of the study."""
     found = [(cell, finished(store, cell)) for cell in planned]
     return [
-        curve(cell, study.worlds[cell.world].targets, record, store.manifest)
+        curve(cell, study.worlds[cell.world].targets, record, store)
         for cell, record in found
         if record is not None
     ]

@@ -5,11 +5,15 @@ trajectories, gradients, scores, selections and training, and no arm for its eva
 artifact that several stages use is paid for once, where it is first used.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from cropi_core.errors import ArtifactError
+from cropi_core.step_functions import ROLLOUTS
+from cropi_core.store import Store
 from cropi_core.study.plan import Cell
+from data_schemas.arrow import STATUSES
 from data_schemas.manifest import Manifest, RunRecord
 
 FORWARD_AND_BACKWARD = 3
@@ -23,7 +27,9 @@ class Cost:
 
     Attributes:
         generated: Tokens sampled.
-        trained: Tokens through forward and backward, for gradients of selection and for training.
+        trained: Tokens through forward and backward, for gradients of selection and for training. As the passes
+            read them: the gradient engine has a prompt once for its group and skips dead prompts, the trainer has it
+            once a completion.
         seconds: Of the steps when their artifacts were made; of the machine that made them.
     """
 
@@ -92,14 +98,14 @@ class Curve:
         return at, [self.mean(p, self.targets) or 0.0 for p in self.points]
 
 
-def curve(cell: Cell, targets: list[str], record: RunRecord, manifest: Callable[[str], Manifest]) -> Curve:
+def curve(cell: Cell, targets: list[str], record: RunRecord, store: Store) -> Curve:
     """Read a finished curriculum.
 
     Args:
         cell: Which one it is.
         targets: Its target sets.
         record: Its run.
-        manifest: Reads the manifest of a key.
+        store: Where its artifacts are.
 
     Raises:
         ArtifactError: It is not finished, or an artifact was made by a version that did not count its tokens.
@@ -109,13 +115,14 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, manifest: Callable[
             f"run {record.run} ({cell.label}) is {record.status}; `cropi study` goes on with it"
         )
     paid: set[str] = set()
+    manifest = store.manifest
     total, steps, points, selected = Cost(), 0, [], {}
     for stage in range(cell.config.stages + 1):
         for slot, entry in record.slots.items():
             if not slot.endswith(f"@{stage}") or entry.ref.key in paid or slot == "policy@0":
                 continue
             paid.add(entry.ref.key)
-            total += cost(slot, manifest(entry.ref.key))
+            total += cost(slot, manifest(entry.ref.key), store)
         if stage:
             steps += int(manifest(record.slots[f"policy@{stage}"].ref.key).summary["steps"])
             sources = manifest(record.slots[f"selection@{stage}"].ref.key).summary["sources"]
@@ -137,7 +144,7 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, manifest: Callable[
     )
 
 
-def cost(slot: str, made: Manifest) -> Cost:
+def cost(slot: str, made: Manifest, store: Store) -> Cost:
     """Say what an artifact costs whoever uses it.
 
     Raises:
@@ -153,6 +160,17 @@ def cost(slot: str, made: Manifest) -> Cost:
                 "make it again: --refresh training, or another root"
             )
         return Cost(summary["tokens_generated"], summary["tokens_trained"], made.seconds)
-    generated = int(summary["tokens"]) if made.step == "rollouts" else 0
-    trained = int(summary["tokens"]) if made.step == "gradients" else 0
-    return Cost(generated, trained, made.seconds)
+    if made.step == "gradients":
+        rollouts = store.path(made.inputs["rollouts"]) / ROLLOUTS
+        return Cost(0, passed_tokens(rollouts, made.settings["objective"]["min_gradable"]), made.seconds)
+    return Cost(int(summary["tokens"]) if made.step == "rollouts" else 0, 0, made.seconds)
+
+
+@cache
+def passed_tokens(rollouts: Path, min_gradable: int) -> int:
+    """Count the tokens that one pass of gradients over rollouts reads; an artifact never changes, so once is enough."""
+    from cropi_core.groups import group_rollouts
+    from cropi_core.rollouts import read_rollouts
+
+    groups = group_rollouts(read_rollouts(rollouts), min_gradable)
+    return sum(group.packed for group in groups if STATUSES[group.status] == "ok")

@@ -25,6 +25,7 @@ from cropi_core.study.compare import ALL, common_steps, compare, headline
 from cropi_core.study.measure import Cost, Curve, Point, SetAccuracy, cost, curve
 from cropi_core.study.output import Failed, into_page, write_study
 from cropi_core.study.plan import cells, load_study
+from data_schemas.manifest import StepSpec
 from data_schemas.study import Study
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
@@ -80,8 +81,7 @@ def ran(tmp_path_factory):
 
 def curves_of(plan, store):
     return [
-        curve(c, plan.worlds[c.world].targets, load_run(store, run_id(c.config)), store.manifest)
-        for c in cells(plan)
+        curve(c, plan.worlds[c.world].targets, load_run(store, run_id(c.config)), store) for c in cells(plan)
     ]
 
 
@@ -216,10 +216,43 @@ def test_the_cost_of_a_whole_run_is_the_sum_of_its_artifacts(ran):
         made = {
             e.ref.key: (slot, store.manifest(e.ref)) for slot, e in record.slots.items() if "@0" not in slot
         }
-        total = sum((cost(slot, m) for slot, m in made.values() if m.step != "prompts"), Cost())
+        total = sum((cost(slot, m, store) for slot, m in made.values() if m.step != "prompts"), Cost())
         assert one.points[-1].cost.generated == total.generated
         assert one.points[-1].cost.trained == total.trained
         assert one.points[-1].cost.seconds == pytest.approx(total.seconds)
+
+
+def test_gradients_cost_what_the_engine_reads(ran, monkeypatch):
+    """The tokens charged are those of the packs that were made for the same gradients."""
+    from cropi_core import group_features
+
+    plan, store = ran
+    record = load_run(store, next(c.run for c in curves_of(plan, store) if c.arm == "cropi"))
+    made = store.manifest(record.slots["gradients/pool@1"].ref)
+    read, make = [], group_features.make_pack
+    original = group_features.project_groups
+
+    def counted(prompts, completions, device):
+        read.append(sum(map(len, prompts)) + sum(len(c) for group in completions for c in group))
+        return make(prompts, completions, device)
+
+    def project(*arguments):
+        # Only while groups are projected: the engine reads a few sequences of its own before it begins.
+        with monkeypatch.context() as patch:
+            patch.setattr(group_features, "make_pack", counted)
+            return original(*arguments)
+
+    monkeypatch.setattr(group_features, "project_groups", project)
+    store.discard(made.key)
+    spec = StepSpec(
+        step="gradients",
+        slot="gradients/pool@1",
+        settings=made.settings,
+        inputs=made.inputs,
+        runtime={"device": "cpu", "threads": 1},
+    )
+    assert run_step(spec, store).ref.digest == made.digest
+    assert cost("gradients/pool@1", made, store).trained == sum(read) < made.summary["tokens"]
 
 
 def test_an_unfinished_run_has_no_curve(ran):
@@ -227,7 +260,7 @@ def test_an_unfinished_run_has_no_curve(ran):
     cell = cells(plan)[0]
     record = load_run(store, run_id(cell.config)).model_copy(update={"status": "running"})
     with pytest.raises(ArtifactError, match="is running"):
-        curve(cell, ["held_out"], record, store.manifest)
+        curve(cell, ["held_out"], record, store)
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
@@ -334,7 +367,7 @@ def test_an_artifact_whose_tokens_were_not_counted_is_named(ran):
     made = store.manifest(record.slots["policy@1"].ref)
     old = made.model_copy(update={"summary": {k: v for k, v in made.summary.items() if "token" not in k}})
     with pytest.raises(ArtifactError, match=f"{made.key}.*--refresh training"):
-        cost("policy@1", old)
+        cost("policy@1", old, store)
 
 
 def test_the_benchmark_writes_the_figures_of_what_is_finished(ran, tmp_path):
