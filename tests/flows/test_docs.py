@@ -1,0 +1,232 @@
+"""Every command that the documentation shows is run, page after page, as a person would: against a real server.
+
+What the pages call `demo` and `my.yaml` is a tiny configuration here, names in capitals are what a person puts in their
+place, and ports are free ones (:data:`HERE`). What cannot be run here is listed, with who runs it (:data:`ELSEWHERE`).
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cropi_core.runs import list_runs, load_run
+from cropi_core.store import Store
+from tests.e2e.tiny import settings
+from tests.flows.test_cli import CHECKOUT, person
+from tests.flows.test_deployment import answer, free_port
+
+BIN = Path(sys.executable).parent
+PAGES = [
+    CHECKOUT / "README.md",
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+    CHECKOUT / "deployments/README.md",
+]
+FENCE = re.compile(r"^ *```(?:sh|bash|shell|console)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:cropi|prefect) [^`\n…]* [^`\n…]*)`")
+STAYS = ("cropi serve", "prefect server start", "prefect worker start")
+"""Commands that run until they are stopped."""
+
+ELSEWHERE = {  # what cannot be run here, and who does
+    "make demo": "CI runs it from a clean checkout",
+    "make test": "this is a part of it",
+    "pip install -c constraints.txt '.[all]'": "the Makefile's installation is this with -e",
+    "cropi run configs/gsm8k-smollm2.yaml": "a checkpoint of a hub and an hour",
+    "cropi run demo -o runtime.ray.address=ray://head:10001 -o runtime.ray.workers=16": "a cluster",
+    "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token": "a cluster",
+    "ray get-auth-token --generate > /dev/null": "a cluster",
+    "ray start --head --port=6379 --ray-client-server-port=10001 --include-dashboard=false": "a cluster",
+    "ray start --address=head:6379": "a cluster",
+    "cropi run demo -o runtime.ray.workers=2": "tests/flows/test_ray.py",
+    "export PREFECT_SERVER_DATABASE_CONNECTION_URL="
+    "postgresql+asyncpg://prefect:PASSWORD@127.0.0.1:5432/prefect": "tests/flows/test_shared_server.py",
+    "export PREFECT_SERVER_API_AUTH_STRING=team:PASSWORD": "tests/flows/test_shared_server.py",
+    "export PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED=events,flow_runs": "tests/flows/test_shared_server.py",
+    "cropi artifacts import rollouts my.jsonl": "tests/core/test_importing.py",
+    "cropi study acceleration": "hours; tests/flows/test_study.py runs small ones",
+    "cropi study acceleration --root /data/study --write docs/evidence.md": "hours",
+    "cropi study acceleration --root /data/study --tabulate": "hours",
+    "python benchmarks/acceleration.py --root /data/study": "hours",
+    "cropi study remedies --root /data/study --write docs/evidence.md": "hours",
+    "prefect server start": "tests/flows/test_shared_server.py",  # the first of two, for PostgreSQL
+}
+
+
+def commands(page: Path) -> list[str]:
+    """What a page shows, in order: lines of blocks of shell without their comments, then commands in the text."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    shown = [re.split(r"\s{2,}#|\s+# ", line.strip())[0].strip() for line in lines]
+    parts = [part.strip() for line in shown for part in (line.split(";  ") if line else [])]
+    inline = INLINE.findall(FENCE.sub("", text))
+    return [part for part in parts if part] + [one for one in dict.fromkeys(inline) if one not in parts]
+
+
+class Reader:
+    """A person with a terminal, a directory and, from some page on, a server."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.root = place, place / ".cropi"
+        self.ports = {"serve": free_port(), "server": free_port()}
+        self.stays: list[subprocess.Popen[bytes]] = []
+        self.environment = person(
+            PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", HOME=str(place), NO_COLOR="1"
+        )
+        for name in ("prefect.yaml", "deployments", "flows", "examples"):
+            (place / name).symlink_to(CHECKOUT / name)
+        (place / "configs").mkdir()
+        for name in ("my.yaml", "configs/demo.yaml"):
+            (place / name).write_text(yaml.safe_dump(settings(name="demo")), encoding="utf-8")
+
+    def store(self) -> Store:
+        return Store(self.root)
+
+    def record(self):
+        """The newest run of two stages."""
+        records = [load_run(self.store(), name) for name in list_runs(self.store())]
+        return next(r for r in reversed(records) if "selection@2" in r.slots)
+
+    def path(self, slot: str, *below: str) -> str:
+        return str(self.store().path(self.record().slots[slot].ref).joinpath(*below))
+
+    def here(self, command: str) -> str:
+        """Put what is meant in the place of names in capitals, and what is small in that of what is large."""
+        meant: list[tuple[str, Callable[[], str]]] = [
+            (r"preset=demo", lambda: f"file={self.place}/configs/demo.yaml"),
+            (
+                r"^prefect deployment run cropi/\w+(?!.*preset)",
+                lambda: f"\\g<0> -p file={self.place}/my.yaml",
+            ),
+            (r"cropi run demo\b", lambda: "cropi run configs/demo.yaml"),
+            (r"cropi serve$", lambda: f"cropi serve --port {self.ports['serve']}"),
+            (r"prefect server start$", lambda: f"prefect server start --port {self.ports['server']} --no-ui"),
+            (r"/data/(run|cropi|other)", lambda: str(self.root)),
+            (r"\bRUN\b", lambda: self.record().run),
+            (r"\bKEY\b", lambda: self.record().slots["scores@1"].ref.key),
+            (r"\bDIR\b", lambda: self.path("policy@0", "checkpoint")),
+            (r"\bPATH\b", lambda: self.path("rollouts/pool@1", "parts")),
+            (r"ledule resume cropi/nightly ID", lambda: f"ledule resume cropi/nightly {self.schedule()}"),
+            (r"r\('ID'", lambda: f"r('{self.waiting()}'"),
+            (r"^cropi diagnostics\b", lambda: "cropi diagnostics --ratio 0.1"),
+        ]
+        for pattern, value in meant:
+            if re.search(pattern, command):
+                command = re.sub(pattern, value(), command)
+        return command.replace("4200", str(self.ports["server" if len(self.stays) > 1 else "serve"]))
+
+    def schedule(self) -> str:
+        found = answer(f"{self.environment['PREFECT_API_URL']}/deployments/filter", {})
+        return next(d["schedules"][0]["id"] for d in found if d["name"] == "nightly")
+
+    def waiting(self) -> str:
+        """The flow run that waits for a person."""
+        deadline = time.monotonic() + 300
+        wanted = {"flow_runs": {"state": {"name": {"any_": ["Suspended"]}}}}
+        while not (found := answer(f"{self.environment['PREFECT_API_URL']}/flow_runs/filter", wanted)):
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(1)
+        return found[0]["id"]
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-2000:] for path in self.place.glob("*.log"))
+
+    def run(self, shown: str) -> None:
+        command = self.here(shown)
+        if command.startswith("export "):
+            self.environment |= dict(word.split("=", 1) for word in shlex.split(command)[1:])
+        elif shown.startswith(STAYS):
+            self.stay(command)
+        else:
+            done = subprocess.run(
+                ["bash", "-c", command],
+                env=self.environment,
+                cwd=self.place,
+                input="y\n" * 9,
+                capture_output=True,
+                text=True,
+                timeout=400,
+            )
+            assert done.returncode == 0, (
+                f"{shown}\n{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}\n{self.logs()}"
+            )
+
+    def stay(self, command: str) -> None:
+        log = self.place / f"{len(self.stays)}.log"
+        environment = dict(self.environment)
+        if command.startswith("prefect server"):  # a server that a team shares has a home of its own
+            environment |= {
+                "PREFECT_HOME": str(self.place / "home"),
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            }
+            environment.pop("PREFECT_API_URL", None)
+            self.environment["PREFECT_HOME"] = environment["PREFECT_HOME"]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"],
+                env=environment,
+                cwd=self.place,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self.stays.append(process)
+        said = {
+            "cropi serve": "Ctrl-C stops",
+            "prefect server": "Check out the",
+            "prefect worker": "started!",
+        }
+        words = next(text for start, text in said.items() if command.startswith(start))
+        deadline = time.monotonic() + 180
+        while words not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    reader = Reader(tmp_path_factory.mktemp("reader"))
+    try:
+        yield reader
+    finally:
+        for process in reversed(reader.stays):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in reader.stays:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_is_run_elsewhere_is_shown_somewhere():
+    shown = {command for page in PAGES for command in commands(page)}
+    assert set(ELSEWHERE) <= shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "page", sorted(PAGES, key=lambda path: path.name != "operating.md"), ids=lambda path: path.stem
+)
+def test_every_command_of_a_page_runs(reader: Reader, page: Path):
+    """The page on operating comes first, and its servers stay."""
+    skipped = set(ELSEWHERE)
+    for command in commands(page):
+        if command in skipped:
+            skipped.discard(command)  # once: a page may show it again for another end
+            continue
+        if "val.zarr" in command:
+            shutil.copytree(reader.place / "pool.zarr", reader.place / "val.zarr")
+        if "fresh.parquet" in command:
+            shutil.copy(reader.path("scores@1", "scores.parquet"), reader.place / "fresh.parquet")
+            shutil.copy(reader.path("scores@1", "scores.parquet"), reader.place / "scores.parquet")
+        reader.run(command)
