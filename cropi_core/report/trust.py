@@ -27,7 +27,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """The table, a column a check; ``spots``: what a spot check rests on; ``parity``: how near vLLM is."""
+    """The table, a column a check.
+
+    Attributes:
+        spots: What the figures of every spot check rest on.
+        parity: How near vLLM's log-probabilities are to our own.
+    """
 
     titles: list[str]
     rows: list[Row]
@@ -71,9 +76,8 @@ def parity(artifacts: Artifacts) -> list[str]:
         if found:
             beyond = ": beyond the limit" if found["warning"] else ""
             said.append(
-                f"{slot}: mean {number(found['mean_difference'])}, largest {number(found['max_difference'])} over "
-                f"{found['tokens']} tokens (limits {number(found['mean_limit'])} and "
-                f"{number(found['max_limit'])}){beyond}"
+                f"{slot}: mean {found['mean_difference']:.2g}, largest {found['max_difference']:.2g} over "
+                f"{found['tokens']} tokens (limits {found['mean_limit']:g} and {found['max_limit']:g}){beyond}"
             )
     return said
 
