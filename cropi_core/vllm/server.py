@@ -130,6 +130,7 @@ def environment_of(settings: Vllm, index: int) -> dict[str, str]:
     """Return a server's environment: ours, without network and telemetry, with its GPUs and the user's changes."""
     ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     ours |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    ours["PYTHONSAFEPATH"] = "1"  # a vllm.py of the working directory is not vLLM
     if settings.gpus:
         ours["CUDA_VISIBLE_DEVICES"] = settings.gpus[index]
     return ours | settings.environment

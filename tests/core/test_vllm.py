@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cropi_core.progress import silent
 from cropi_core.prompts import write_prompts
 from cropi_core.rollouts import collect, read_rollouts
 from cropi_core.world import base_checkpoint, build
+from data_schemas.arrow import PROMPTS
 from data_schemas.config import Grading, Runtime, Sampling, Vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -317,3 +319,42 @@ def test_a_server_that_cannot_start_says_why(prompts, tmp_path):
         ServerError, match=r"(?s)ended at its start \(exit 2\): .*server-0.log.*no-such-argument"
     ):
         run(tmp_path / "r", prompts, settings)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CROPI_SMOLLM2"), reason="CROPI_SMOLLM2 names no checkpoint of SmolLM2-135M-Instruct"
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model(tmp_path, dtype):
+    """SmolLM2-135M, tied embeddings and grouped queries, a chat template: within the limits of its type."""
+    require_vllm()
+    asked = ["What is 17 + 25?", "Name three colours.", "Write one sentence about rain.", "Count to five."]
+    rows = [
+        {
+            "prompt_id": f"q{i}",
+            "source": "own",
+            "messages": [{"role": "user", "content": text}],
+            "answer": "42",
+            "verifier": "numeric",
+            "level": None,
+            "tags": [],
+        }
+        for i, text in enumerate(asked)
+    ]
+    write_prompts(pa.Table.from_pylist(rows, schema=PROMPTS), tmp_path / "p.parquet")
+    sampling = Sampling(samples=4, temperature=0.8, top_p=0.95, max_new_tokens=32)
+    policy = Path(os.environ["CROPI_SMOLLM2"])
+    summary = run(
+        tmp_path / "r",
+        tmp_path / "p.parquet",
+        Vllm(**FAST, parity_completions=16),
+        policy=policy,
+        sampling=sampling,
+        dtype=dtype,
+    )
+    found = summary["parity"]
+    print(dtype, found)
+    assert found["completions"] == 16
+    assert found["tokens"] > 200
+    assert 0 < found["mean_difference"] < {"float32": 1e-4, "bfloat16": 5e-2}[dtype]
+    assert found["max_difference"] < {"float32": 2e-2, "bfloat16": 1.0}[dtype]

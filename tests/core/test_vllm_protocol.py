@@ -17,9 +17,12 @@ from core.models import tiny_model
 from core.servers import gone, left_of
 from pydantic import ValidationError
 
-from cropi_core.errors import ConfigError, ServerError
+from cropi_core.curriculum import curriculum
+from cropi_core.errors import ConfigError, ServerError, StepError
 from cropi_core.parity import Parity, measure, truncated_logprobs
 from cropi_core.sampling import sample
+from cropi_core.steps import run_step, step_key
+from cropi_core.store import Store
 from cropi_core.vllm import guard
 from cropi_core.vllm.client import Job, PassingError, Vocabulary, completions_of, request_body
 from cropi_core.vllm.fleet import Endpoint, Fleet
@@ -326,3 +329,35 @@ def test_a_token_beside_the_nucleus_is_told_and_gets_a_finite_number():
     assert [bool(k) for _, k in kept] == [True, True, False]
     values = torch.cat([v for v, _ in kept]).exp()
     torch.testing.assert_close(values, torch.tensor([0.5, 0.3, 0.2]) / 0.8)
+
+
+# -- keys ----------------------------------------------------------------------------------------------------
+
+
+def rollout_key(root, **changes):
+    """The key of the pool's rollouts: what comes before them is computed, they are not."""
+    store = Store(root)
+    found = []
+
+    def execute(spec):
+        if spec.step == "rollouts":
+            found.append(step_key(spec))
+            raise StepError("far enough")
+        return run_step(spec, store)
+
+    with pytest.raises(StepError, match="far enough"):
+        curriculum(tiny(**changes), store, execute)
+    return found[0]
+
+
+def test_the_engine_is_in_the_key_and_its_servers_are_not(tmp_path):
+    plain = rollout_key(tmp_path)
+    assert rollout_key(tmp_path, rollouts={"engine": "transformers"}) == plain
+    by_vllm = rollout_key(tmp_path, rollouts={"engine": "vllm"})
+    assert by_vllm != plain
+    for servers in (
+        {"base_urls": ["http://a:1/v1"]},
+        {"servers": 3, "concurrency": 7, "max_difference": 1.0},
+    ):
+        changed = {"rollouts": {"engine": "vllm"}, "runtime": {"vllm": servers}}
+        assert rollout_key(tmp_path, **changed) == by_vllm
