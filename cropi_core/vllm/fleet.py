@@ -27,6 +27,7 @@ from data_schemas.vllm import Vllm
 CONNECT_S = 10.0
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
+POLL_S = 0.5
 ADVICE = "whole shards are kept; see to the servers (memory, --max-model-len, the log) and run the same command again"
 
 
@@ -120,7 +121,14 @@ class Fleet:
         """
         future = asyncio.run_coroutine_threadsafe(self._serve(jobs), self.loop)
         future.add_done_callback(lambda _: self.results.put(None))
-        while (item := self.results.get()) is not None:
+        while True:
+            try:
+                # Not for ever: a step is cancelled by an exception set on its thread, which needs a bytecode.
+                item = self.results.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is None:
+                break
             yield item
         future.result()
 
