@@ -70,7 +70,7 @@ class Vllm(Section):
         default=None,
         gt=0,
         description="Largest mean |Δ log-probability| of a shard, beyond it the step stops; "
-        "empty: 0.001 in float32, 0.05 in bfloat16.",
+        "empty: 0.001 in float32, 0.1 in bfloat16.",
     )
     max_difference: float | None = Field(
         default=None,

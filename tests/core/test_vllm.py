@@ -300,6 +300,7 @@ if __name__ == "__main__":
     child = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 300
     while len(list((tmp_path / "killed").glob("part-*.parquet"))) < 2 and time.monotonic() < deadline:
+        assert child.poll() is None
         time.sleep(0.002)
     assert left_of(mark)
     child.send_signal(signal.SIGKILL)
@@ -356,5 +357,5 @@ def test_a_real_model(tmp_path, dtype):
     print(dtype, found)
     assert found["completions"] == 16
     assert found["tokens"] > 200
-    assert 0 < found["mean_difference"] < {"float32": 1e-4, "bfloat16": 5e-2}[dtype]
+    assert 0 < found["mean_difference"] < {"float32": 1e-4, "bfloat16": 0.1}[dtype]
     assert found["max_difference"] < {"float32": 2e-2, "bfloat16": 1.0}[dtype]
