@@ -20,6 +20,7 @@ import yaml
 
 from cropi_core.runs import list_runs, load_run
 from cropi_core.store import Store
+from flows.server import answers
 from tests.e2e.tiny import settings
 from tests.flows.test_cli import CHECKOUT, person
 from tests.flows.test_deployment import answer, free_port
@@ -180,13 +181,18 @@ class Reader:
         self.stays.append(process)
         said = {
             "cropi serve": "Ctrl-C stops",
-            "prefect server": "Check out the",
+            "prefect server": "API reference",
             "prefect worker": "started!",
         }
         words = next(text for start, text in said.items() if command.startswith(start))
         deadline = time.monotonic() + 180
         while words not in log.read_text():
             assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        while command.startswith("prefect server") and not answers(
+            f"http://127.0.0.1:{self.ports['server']}/api"
+        ):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.3)
 
