@@ -31,7 +31,8 @@ FROM base AS orchestrator
 ARG TORCH_OPTIONS=""
 RUN pip install ${TORCH_OPTIONS} "$(grep '^torch==' constraints.txt)" \
     && pip install --constraint constraints.txt --editable '.[all]'
-USER cropi
+# 1000 is cropi; a number is what Kubernetes' runAsNonRoot can check.
+USER 1000
 WORKDIR /data
 VOLUME /data
 ENTRYPOINT ["cropi"]
@@ -39,7 +40,7 @@ CMD ["--help"]
 
 FROM base AS worker
 RUN pip install --constraint constraints.txt --editable '.[all]'
-USER cropi
+USER 1000
 WORKDIR /data
 VOLUME /data
 ENTRYPOINT ["prefect"]

@@ -20,11 +20,12 @@ demo: $(VENV)/.all  ## The curriculum on the embedded world; a second call finds
 test: $(VENV)/.dev  ## Two processes, one thread each: faster than one with two threads, and the same results.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-lint: $(VENV)/.dev  ## Linter, formatter, type checker, import contract.
+lint: $(VENV)/.dev  ## Linters, formatter, type checker, import contract.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 vllm: $(VLLM)/.done  ## An interpreter with vLLM; on a machine with GPUs: make vllm VLLM_PACKAGE=vllm==0.32.0
 

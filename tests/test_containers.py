@@ -27,7 +27,7 @@ def test_every_image_is_pinned_or_built_from_a_target_of_the_dockerfile():
 def test_no_target_runs_as_root_and_nothing_is_published_beyond_this_machine():
     for target in ("orchestrator", "worker"):
         part = DOCKERFILE.split(f" AS {target}\n", 1)[1].split("\nFROM ", 1)[0]
-        assert re.findall(r"^USER (\w+)$", part, re.MULTILINE) == ["cropi"]
+        assert re.findall(r"^USER (\w+)$", part, re.MULTILINE) == ["1000"]
     ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
