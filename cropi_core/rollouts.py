@@ -254,6 +254,7 @@ def summarise(table: pa.Table, sources: dict[str, str]) -> dict[str, Any]:
         "completions": table.num_rows,
         "tokens": int(lengths.sum()),
         "mean_tokens": float(lengths.mean()),
+        "length_histogram": _binned(lengths),
         "mean_reward": float(np.nanmean(rewards)) if means else None,
         "not_gradable": int(np.isnan(rewards).sum()),
         "truncated": table["finish_reason"].to_pylist().count("length"),
@@ -262,3 +263,10 @@ def summarise(table: pa.Table, sources: dict[str, str]) -> dict[str, Any]:
         "pass_rate_by_source": {s: float(np.mean(v)) for s, v in sorted(by_source.items())},
         "sampling": json.loads(metadata[b"cropi.sampling"]) if b"cropi.sampling" in metadata else None,
     }
+
+
+def _binned(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Count completions by tokens, in at most 16 equal bins of whole tokens."""
+    width = max(1, -(-int(lengths.max(initial=0) + 1) // 16))
+    counts = np.bincount(lengths // width)
+    return {"counts": counts.tolist(), "edges": [width * i for i in range(len(counts) + 1)]}

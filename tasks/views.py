@@ -79,6 +79,9 @@ def _rollouts(shown: Sequence[Shown]) -> list[str]:
         rows = [(name, [rate]) for name, rate in one.summary["pass_rate_by_source"].items()]
         if len(rows) > 1:
             parts.append(_drawn(bars, f"Pass rate by source, {one.slot}", rows, percent=True))
+        if lengths := one.summary.get("length_histogram"):  # artifacts of before have none
+            names = [f"{edge}" if i % 4 == 0 else "" for i, edge in enumerate(lengths["edges"])]
+            parts.append(_drawn(histogram, f"Completions by tokens, {one.slot}", [lengths["counts"]], names))
     table = []
     for one in shown:
         s, completions = one.summary, max(one.summary["completions"], 1)

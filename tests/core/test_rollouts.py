@@ -1,5 +1,6 @@
 """Rollouts: the distribution, its log-probabilities, and what a stop may cost."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from core.models import random_rollouts, save_tiny, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cropi_core.errors import DataError
 from cropi_core.policy import load_policy, render
 from cropi_core.progress import silent
 from cropi_core.prompts import write_prompts
-from cropi_core.rollouts import collect, read_rollouts, sampling_of
+from cropi_core.rollouts import collect, read_rollouts, sampling_of, summarise
 from cropi_core.sampling import draw, sample
 from cropi_core.world import base_checkpoint, build
 from data_schemas.config import Grading, Runtime, Sampling
@@ -192,3 +195,21 @@ def test_a_policy_with_a_soft_cap_is_sampled_with_it(tmp_path):
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = None
         assert not torch.allclose(model(ids).logits, logits, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=12))
+def test_the_histogram_of_lengths_counts_every_completion_in_bins_of_whole_tokens(lengths):
+    table = pa.table(
+        {
+            "prompt_id": ["a"] * len(lengths),
+            "reward": [1.0] * len(lengths),
+            "completion_ids": [list(range(n)) for n in lengths],
+            "finish_reason": ["stop"] * len(lengths),
+        }
+    )
+    found = summarise(table, {})["length_histogram"]
+    edges = found["edges"]
+    assert len(edges) == len(found["counts"]) + 1 <= 17
+    assert len({b - a for a, b in itertools.pairwise(edges)}) == 1
+    assert found["counts"] == np.histogram(lengths, bins=[*edges[:-1], edges[-1] - 0.5])[0].tolist()
