@@ -223,7 +223,7 @@ def headline(study: Study, results: Sequence[ArmResult]) -> dict[str, Any]:
             }
             for row in rows
             if row.world != ALL
-        }
+        },
     }
 
 
