@@ -63,25 +63,24 @@ class ArmResult:
     ahead: dict[int, Estimate] = field(default_factory=dict)
 
 
-def compare(study: Study, curves: Sequence[Curve], steps: Sequence[int] | None = None) -> list[ArmResult]:
+def compare(study: Study, curves: Sequence[Curve]) -> list[ArmResult]:
     """Compare every arm with the reference, in each world and in all.
 
     Args:
         study: Names the reference, the subject and the bootstrap.
         curves: Finished curricula.
-        steps: Positions of the accuracies; by default those of every arm's evaluations that all arms share.
 
     Returns:
         Rows by world in the study's order, all of them last, arms in the study's order. ``targets`` and ``others`` are
-        mean accuracies at fixed steps, ``ahead`` the subject's lead over the arm on the targets, paired by seed.
+        mean accuracies at the steps at which the arm was evaluated, ``ahead`` the subject's lead over the arm on the
+        targets at the steps that both share, paired by seed.
     """
-    at = list(steps) if steps is not None else common_steps(curves)
     worlds = [world for world in study.worlds if any(c.world == world for c in curves)]
     groups = [(world, [world]) for world in worlds]
     if len(worlds) > 1:
         groups.append((ALL, worlds))
     return [
-        _arm(study, name, arm, members, curves, at)
+        _arm(study, name, arm, members, curves)
         for name, members in groups
         for arm in study.arms
         if any(c.arm == arm and c.world in members for c in curves)
@@ -94,20 +93,20 @@ def common_steps(curves: Sequence[Curve]) -> list[int]:
     return sorted(set.intersection(*found)) if found else []
 
 
-def _arm(
-    study: Study, name: str, arm: str, worlds: list[str], curves: Sequence[Curve], at: list[int]
-) -> ArmResult:
+def _arm(study: Study, name: str, arm: str, worlds: list[str], curves: Sequence[Curve]) -> ArmResult:
     own = [[c for c in curves if c.arm == arm and c.world == world] for world in worlds]
     speed = {}
     if arm != study.reference:
         speed = {axis: _speed(study, arm, worlds, curves, axis) for axis in AXES}
     targets, others, ahead = {}, {}, {}
-    for step in at:
+    for step in common_steps([c for group in own for c in group]):
         for into, role in ((targets, "targets"), (others, "others")):
             values = [[v for c in group if (v := _accuracy(c, role, step)) is not None] for group in own]
             if found := _estimate(study, values, mean):
                 into[step] = found
-        if arm != study.subject:
+    if arm != study.subject:
+        both = [c for c in curves if c.arm in (arm, study.subject) and c.world in worlds]
+        for step in common_steps(both):
             leads = [_leads(study.subject, arm, world, curves, step) for world in worlds]
             if found := _estimate(study, leads, mean):
                 ahead[step] = found

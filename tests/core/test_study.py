@@ -304,6 +304,17 @@ def test_an_arm_that_is_ahead_is_ahead_by_what_it_says():
     assert rows["cropi"].ahead == {}
 
 
+def test_an_arm_that_trains_longer_is_shown_to_its_end_and_compared_where_both_were():
+    plan = study()
+    found = [made_up("full", [0.4, 0.5, 0.6, 0.7, 0.8]), made_up("cropi", [0.4, 0.6, 0.7])]
+    rows = {r.arm: r for r in compare(plan, found)}
+    assert list(rows["full"].targets) == [0, 10, 20, 30, 40]
+    assert list(rows["full"].ahead) == [0, 10, 20]
+    assert rows["cropi"].speed["steps"].never == 1, "0.8 is what the full pool has at its own end"
+    _, lines = tables.accuracy_grid(compare(plan, found), "targets")
+    assert [line[-1] for line in lines] == ["80.0 %", "–"]
+
+
 def test_worlds_come_together_in_a_last_row():
     two = {"a": {"targets": ["held_out"]}, "b": {"targets": ["held_out"]}}
     plan = study(worlds=two)
