@@ -114,7 +114,7 @@ class Reader:
             (r"\bKEY\b", lambda: self.record().slots["scores@1"].ref.key),
             (r"\bDIR\b", lambda: self.path("policy@0", "checkpoint")),
             (r"\bPATH\b", lambda: self.path("rollouts/pool@1", "parts")),
-            (r"ledule resume cropi/nightly ID", lambda: f"ledule resume cropi/nightly {self.schedule()}"),
+            (r"schedule resume cropi/nightly ID", lambda: f"schedule resume cropi/nightly {self.schedule()}"),
             (r"r\('ID'", lambda: f"r('{self.waiting()}'"),
             (r"^cropi diagnostics\b", lambda: "cropi diagnostics --ratio 0.1"),
         ]
