@@ -1,6 +1,5 @@
 """Steps again, through a server: cancelled in the UI, failed and retried, gone on with from a rescore."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from cropi_core.runs import load_run, run_id
 from cropi_core.store import Store
 from data_schemas.config import Config
 from tests.flows.conftest import tiny_config
-from tests.flows.test_cli import CHECKOUT, CROPI, person, written
+from tests.flows.test_cli import CHECKOUT, CROPI, descendants, person, written
 from tests.flows.test_deployment import PREFECT, answer, free_port
 from tests.flows.test_serve import Served, command_of
 
@@ -64,15 +63,7 @@ class Desk:
         return self.store.manifest(load_run(self.store, run_id(config)).slots[slot].ref)
 
     def descendants(self) -> set[int]:
-        """Every process below the command."""
-        parents = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        found = {self.served.process.pid}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
+        return descendants(self.served.process.pid)
 
     def steps(self) -> list[int]:
         """Processes of a step: a run's child."""

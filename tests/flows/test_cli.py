@@ -1,5 +1,6 @@
 """The command `cropi run` as a person starts it: in a process of its own, with a server of its own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,6 +57,18 @@ def servers_of(root: Path) -> list[int]:
                 found.append(int(path.parent.name))
         except OSError:
             continue
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below one, and itself."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
     return found
 
 

@@ -24,9 +24,9 @@ from cropi_core.store import Store
 from data_schemas.config import Config
 from tests.flows.browser import Browser
 from tests.flows.conftest import tiny_config
-from tests.flows.test_cli import CHECKOUT, CROPI, person, servers_of, written
+from tests.flows.test_cli import CHECKOUT, CROPI, descendants, person, servers_of, written
 from tests.flows.test_deployment import answer, free_port
-from tests.flows.test_serve import Served
+from tests.flows.test_serve import Served, command_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BLOCK = """
@@ -194,14 +194,15 @@ def test_a_failure_is_told(office: Office):
 @pytest.mark.slow
 def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_told(office: Office):
     config = tiny_config(name="gone", training={**tiny_config().training.model_dump(), "steps": 200})
+    idle = descendants(office.served.process.pid)
     flow_run = office.start(config)
-    office.until(flow_run, "Running")
     deadline = time.monotonic() + 200
     while not list((office.served.root / ".work").glob("policy-*/*")):
         assert time.monotonic() < deadline
         time.sleep(0.3)
-    for pid in runs_of(office.served.root, flow_run):
-        os.kill(pid, signal.SIGKILL)
+    for pid in descendants(office.served.process.pid) - idle:
+        if b"resource_tracker" not in command_of(pid):  # the command's own
+            os.kill(pid, signal.SIGKILL)
     office.until(flow_run, "Crashed")
     assert "Crashed" in office.message("gone-", "failed")["b"]
 
@@ -226,18 +227,6 @@ def test_after_a_kill_of_the_command_its_next_start_records_the_run_as_crashed(t
         for pid in servers_of(root):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def runs_of(root: Path, flow_run: str) -> list[int]:
-    """Processes that execute a flow run."""
-    found = []
-    for pid in servers_of(root):
-        try:
-            if f"FLOW_RUN_ID={flow_run}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                found.append(pid)
-        except OSError:
-            continue
-    return found
 
 
 class Terminal:
