@@ -1,10 +1,24 @@
 """Ports of the loopback."""
 
+import secrets
 import socket
+from contextlib import suppress
+
+BELOW_EPHEMERAL = range(20_000, 32_768)
+"""Linux gives outgoing connections ports from 32,768 on: such a one may be taken in the minute a server takes to start."""
+TRIES = 100
 
 
 def free_port() -> int:
-    """Ask the system for a loopback port that nobody listens on."""
+    """Find a loopback port that nobody listens on, and that the system will not give to anybody else.
+
+    Another program may still take it; whoever is given it binds it soon.
+    """
+    for _ in range(TRIES):
+        port = BELOW_EPHEMERAL.start + secrets.randbelow(len(BELOW_EPHEMERAL))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -42,7 +42,7 @@ def serving(
             server.stop()
 
 
-def ready(*servers, within=300):
+def ready(*servers, within=600):
     deadline = time.monotonic() + within
     for server in servers:
         server.wait(deadline)

@@ -18,6 +18,7 @@ from core.servers import FAST, gone, left_of, ready, require_vllm, serving
 
 from cropi_core.errors import ServerError
 from cropi_core.parity import measure
+from cropi_core.planning.prediction import predict
 from cropi_core.policy import load_policy, render
 from cropi_core.progress import silent
 from cropi_core.prompts import write_prompts
@@ -25,8 +26,10 @@ from cropi_core.rollouts import collect, read_rollouts
 from cropi_core.world import base_checkpoint, build
 from data_schemas.arrow import PROMPTS
 from data_schemas.config import Grading, Runtime, Sampling, Vllm
+from tests.e2e.tiny import tiny
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# Half a minute a start on two idle cores, several times that on busy ones.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FOUR = Sampling(samples=4, max_new_tokens=12)
 
@@ -298,7 +301,7 @@ if __name__ == "__main__":
     run(Path({str(tmp_path / "killed")!r}), Path({str(prompts)!r}), vllm, shard=1)
 """
     child = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while len(list((tmp_path / "killed").glob("part-*.parquet"))) < 2 and time.monotonic() < deadline:
         assert child.poll() is None
         time.sleep(0.002)
@@ -320,6 +323,19 @@ def test_a_server_that_cannot_start_says_why(prompts, tmp_path):
         ServerError, match=r"(?s)ended at its start \(exit 2\): .*server-0.log.*no-such-argument"
     ):
         run(tmp_path / "r", prompts, settings)
+
+
+def test_a_plan_measures_the_servers(attach, tmp_path):
+    """Calibration asks the servers themselves, and evaluation's own engine beside them."""
+    attached = attach().model_dump()
+    changes = {"stages": 1, "rollouts": {"engine": "vllm"}, "runtime": {"vllm": attached}}
+    (tmp_path / "plan").mkdir()
+    plan = predict(tiny(**changes), tmp_path / "root", tmp_path / "plan", calibrated=True)
+    steps = {step["slot"]: step for step in plan["steps"]}
+    assert steps["rollouts/pool@1"]["tokens_generated"] > 40 * 4
+    assert 0 < steps["rollouts/pool@1"]["seconds"] < 120
+    assert 0 < steps["evaluation@0"]["seconds"] < 120
+    assert any("2 steps sample by servers that run" in note for note in plan["notes"])
 
 
 @pytest.mark.skipif(

@@ -186,3 +186,20 @@ def test_a_damaged_artifact_is_an_error_and_not_an_empty_page(run, tmp_path: Pat
     manifest = store.manifest(record.slots["scores@1"].ref)
     with pytest.raises(OSError, match=r"scores\.parquet"):
         view("scores", [Shown("scores@1", "cached", manifest, tmp_path)])
+
+
+def test_the_log_probabilities_of_another_sampler_are_shown_with_their_limits(run):
+    store, record = run
+    entry = record.slots["rollouts/pool@1"]
+    manifest = store.manifest(entry.ref)
+    found = {"completions": 8, "tokens": 50, "mean_difference": 2.5e-6, "max_difference": 0.031}
+    limits = {"outside_top_p": 1, "mean_limit": 0.001, "max_limit": 0.02, "warning": "a token's | is 0.031"}
+    by_vllm = manifest.model_copy(update={"summary": {**manifest.summary, "parity": found | limits}})
+    page = view("rollouts", [Shown("rollouts/pool@1", "computed", by_vllm, store.path(entry.ref))])
+    (row,) = [line for line in page.splitlines() if "2.5e" in line]
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] == [
+        "rollouts/pool@1", "8", "50", "2.5e−06", "0.031", "0.001 and 0.02", r"a token's \| is 0.031",
+    ]  # fmt: skip
+    assert "vLLM" not in view(
+        "rollouts", [Shown("rollouts/pool@1", "cached", manifest, store.path(entry.ref))]
+    )
