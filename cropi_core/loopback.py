@@ -5,7 +5,7 @@ import socket
 from contextlib import suppress
 
 BELOW_EPHEMERAL = range(20_000, 32_768)
-"""Linux gives outgoing connections ports from 32,768 on: such a one may be taken in the minute a server takes to start."""
+"""Linux gives outgoing connections ports from 32,768 on: one may be taken in the minute in which a server starts."""
 TRIES = 100
 
 

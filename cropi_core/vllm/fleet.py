@@ -28,7 +28,7 @@ CONNECT_S = 10.0
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
 POLL_S = 0.5
-ADVICE = "whole shards are kept; see to the servers (memory, --max-model-len, the log) and run the same command again"
+ADVICE = "Whole shards are kept; see to the servers (memory, --max-model-len, the log) and run the same command again"
 
 
 @dataclass

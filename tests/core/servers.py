@@ -31,7 +31,7 @@ def serving(
 ):
     """Start a server; ``replaced`` changes parts of its command."""
     chosen = Vllm(**(FAST | settings))
-    command = command_line(str(require_vllm()), Path(policy), chosen, dtype, tokens)
+    command = command_line(str(require_vllm()), Path(policy), chosen, dtype, tokens, cpu=True)
     command = [(replaced or {}).get(part, part) for part in command]
     with contextlib.chdir(cwd or Path.cwd()):
         server = LocalServer(command, environment_of(chosen, 0), free_port(), Path(logs) / f"{name}.log", key)

@@ -290,6 +290,8 @@ def test_a_server_gets_what_the_logprobs_need(tmp_path):
     assert pairs["--dtype"] == "bfloat16"
     assert "--max-model-len" not in command
     assert command[-1] == "--max-model-len=99"
+    assert "--no-enable-chunked-prefill" not in command
+    assert "--no-enable-chunked-prefill" in command_line("p", tmp_path, Vllm(), "float32", 64, cpu=True)
 
 
 def test_an_interpreter_is_found_or_said_to_be_missing(monkeypatch):
