@@ -87,6 +87,12 @@ def test_a_run_and_the_same_run_again(tmp_path: Path):
     assert {slot["origin"] for slot in told["slots"].values()} == {"cached"}
     assert told["report"] is None
     assert servers_of(root) == []
+    with sqlite3.connect(root / ".prefect" / "prefect.db") as database:
+        query = "select state_name, count(*) from task_run group by state_name"
+        states = dict(database.execute(query).fetchall())
+    # No task run is lost or left half recorded when the server ends: 13 steps, cached the second time.
+    assert states.pop("Cached") == 13
+    assert set(states) == {"Completed"}
     # Prefect's database is lost, and its records: a fresh server finds everything, and shows it.
     shutil.rmtree(root / ".prefect")
     shutil.rmtree(root / ".prefect-results")
@@ -98,12 +104,6 @@ def test_a_run_and_the_same_run_again(tmp_path: Path):
         runs = database.execute("select name, state_name from flow_run").fetchall()
     assert {"cropi-run", "cropi-scores", "cropi-selection", "cropi-evaluation"} <= pages
     assert runs == [(told["run"], "Completed")]
-    with sqlite3.connect(root / ".prefect" / "prefect.db") as database:
-        query = "select state_name, count(*) from task_run group by state_name"
-        states = dict(database.execute(query).fetchall())
-    # No task run is lost or left half recorded when the server ends: 13 steps, cached the second time.
-    assert states.pop("Cached") == 13
-    assert set(states) == {"Completed"}
 
 
 @pytest.mark.slow
