@@ -13,6 +13,7 @@ from cropi_core.errors import ArtifactError
 from cropi_core.step_functions import ROLLOUTS
 from cropi_core.store import Store
 from cropi_core.study.plan import Cell
+from cropi_core.study.stages import StageFacts, stage_facts
 from data_schemas.arrow import STATUSES
 from data_schemas.manifest import Manifest, RunRecord
 
@@ -75,7 +76,7 @@ class Curve:
         targets: Its test sets that the study is about.
         others: Its other test sets.
         validation: Its validation sets.
-        selected: Prompts chosen by stage and source.
+        stages: What each stage chose and used up.
     """
 
     world: str
@@ -86,7 +87,7 @@ class Curve:
     targets: list[str]
     others: list[str]
     validation: list[str]
-    selected: dict[int, dict[str, int]]
+    stages: list[StageFacts]
 
     def mean(self, point: Point, sets: list[str]) -> float | None:
         """Average accuracy over sets, each counting the same; None without sets."""
@@ -116,7 +117,7 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, store: Store) -> Cu
         )
     paid: set[str] = set()
     manifest = store.manifest
-    total, steps, points, selected = Cost(), 0, [], {}
+    total, steps, points, stages = Cost(), 0, [], []
     for stage in range(cell.config.stages + 1):
         for slot, entry in record.slots.items():
             if not slot.endswith(f"@{stage}") or entry.ref.key in paid or slot == "policy@0":
@@ -125,8 +126,7 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, store: Store) -> Cu
             total += cost(slot, manifest(entry.ref.key), store)
         if stage:
             steps += int(manifest(record.slots[f"policy@{stage}"].ref.key).summary["steps"])
-            sources = manifest(record.slots[f"selection@{stage}"].ref.key).summary["sources"]
-            selected[stage] = {name: counts["selected"] for name, counts in sources.items()}
+            stages.append(stage_facts(stage, cell.config, record, store))
         measured = manifest(record.slots[f"evaluation@{stage}"].ref.key).summary["accuracy"]
         sets = {name: SetAccuracy(m["accuracy"], m["low"], m["high"]) for name, m in measured.items()}
         points.append(Point(stage, steps, total, sets))
@@ -140,7 +140,7 @@ def curve(cell: Cell, targets: list[str], record: RunRecord, store: Store) -> Cu
         targets=targets,
         others=[name for name in data.test if name not in targets],
         validation=list(data.validation),
-        selected=selected,
+        stages=stages,
     )
 
 

@@ -148,6 +148,7 @@ def page(
             others=tables.accuracy_grid(results, "others"),
             leads=tables.lead_grid(results),
             costs=tables.cost_grid(curves),
+            stages=tables.stages_grid(study, curves),
             runs=(["world", "arm", "seed", "run", "steps"], runs),
         )
     )
@@ -174,6 +175,8 @@ def markdown(
         tables.markdown(tables.lead_grid(results)),
         "### Accuracy on the other test sets at equal steps",
         tables.markdown(tables.accuracy_grid(results, "others")),
+        "### What each stage chose, and how much of it was used up",
+        tables.markdown(tables.stages_grid(study, curves)),
         "### What a whole curriculum costs, selection included",
         f"Token forwards: one a token generated, {FORWARD_AND_BACKWARD} a token of forward and backward.",
         tables.markdown(tables.cost_grid(curves)),

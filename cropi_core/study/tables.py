@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cropi_core.study.compare import ALL, ArmResult, Estimate
 from cropi_core.study.measure import Curve
+from cropi_core.study.stages import StageFacts, mean_known
 from data_schemas.study import Study
 
 Grid = tuple[list[str], list[list[str]]]
@@ -45,6 +46,7 @@ def points_table(curves: Sequence[Curve]) -> pa.Table:
     rows = []
     for curve in curves:
         roles = dict.fromkeys(curve.targets, "target") | dict.fromkeys(curve.others, "other")
+        chosen = {facts.stage: facts.selected for facts in curve.stages}
         for point in curve.points:
             common = {
                 "world": curve.world,
@@ -57,7 +59,7 @@ def points_table(curves: Sequence[Curve]) -> pa.Table:
                 "tokens_trained": point.cost.trained,
                 "work": point.cost.work,
                 "seconds": point.cost.seconds,
-                "selected_by_source": json.dumps(curve.selected.get(point.stage, {}), sort_keys=True),
+                "selected_by_source": json.dumps(chosen.get(point.stage, {}), sort_keys=True),
             }
             rows += [
                 common | {"set": name, "role": roles.get(name, "validation"), **asdict(found)}
@@ -155,6 +157,31 @@ def cost_grid(curves: Sequence[Curve]) -> Grid:
             )
         ]
         rows.append([arm, str(n), *[f"{value:,.0f}" for value in means]])
+    return header, rows
+
+
+def stages_grid(study: Study, curves: Sequence[Curve]) -> Grid:
+    """Lay out, by world, arm and stage, what was chosen and used up: means over seeds."""
+    header = ["world", "arm", "stage", "seeds", "of the target families", "halves of the target agree"]
+    header += ["reward, first quarter", "reward, last quarter", "groups with one reward, last quarter"]
+    groups: dict[tuple[str, str, int], list[StageFacts]] = {}
+    for curve in curves:
+        for facts in curve.stages:
+            groups.setdefault((curve.world, curve.arm, facts.stage), []).append(facts)
+    ordered = sorted(
+        groups, key=lambda g: (list(study.worlds).index(g[0]), list(study.arms).index(g[1]), g[2])
+    )
+    rows = []
+    for world, arm, stage in ordered:
+        found = groups[world, arm, stage]
+        agreement = mean_known([f.agreement for f in found])
+        shares = [
+            mean_known([getattr(f, name) for f in found])
+            for name in ("of_targets", "reward_first", "reward_last", "dead_groups")
+        ]
+        cells = ["–" if value is None else f"{100 * value:.0f} %" for value in shares]
+        cells.insert(1, "–" if agreement is None else f"{agreement:.2f}".replace("-", "−"))
+        rows.append([world, arm, str(stage), str(len(found)), *cells])
     return header, rows
 
 

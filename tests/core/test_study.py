@@ -25,6 +25,7 @@ from cropi_core.study.compare import ALL, common_steps, compare, headline
 from cropi_core.study.measure import Cost, Curve, Point, SetAccuracy, cost, curve
 from cropi_core.study.output import Failed, into_page, write_study
 from cropi_core.study.plan import cells, load_study
+from cropi_core.study.stages import dead_groups
 from data_schemas.manifest import StepSpec
 from data_schemas.study import Study
 
@@ -255,6 +256,25 @@ def test_gradients_cost_what_the_engine_reads(ran, monkeypatch):
     assert cost("gradients/pool@1", made, store).trained == sum(read) < made.summary["tokens"]
 
 
+def test_a_stage_says_what_it_chose_and_used_up(ran):
+    plan, store = ran
+    for one in curves_of(plan, store):
+        record = load_run(store, one.run)
+        assert [facts.stage for facts in one.stages] == [1, 2]
+        for facts in one.stages:
+            table = pq.read_table(
+                store.path(record.slots[f"selection@{facts.stage}"].ref) / "selection.parquet"
+            )
+            chosen = [row["prompt_id"] for row in table.to_pylist() if row["selected"]]
+            assert facts.of_targets == sum(name.startswith("reverse") for name in chosen) / len(chosen)
+            assert (facts.agreement is None) == (f"scores@{facts.stage}" not in record.slots)
+            assert 0 <= facts.dead_groups <= 1
+    _, rows = tables.stages_grid(plan, curves_of(plan, store))
+    assert [row[:3] for row in rows] == [["one", arm, stage] for arm in plan.arms for stage in ("1", "2")]
+    assert dead_groups([0.0, 1.0, 0.5, None]) is None
+    assert dead_groups([0.0, 0.0, 0.25]) == 0.25
+
+
 def test_an_unfinished_run_has_no_curve(ran):
     plan, store = ran
     cell = cells(plan)[0]
@@ -272,7 +292,7 @@ def made_up(arm, y, seed=0, where="one", step=10):
         Point(i, step * i, Cost(10 * step * i, 0, 1.0 * i), {"held_out": SetAccuracy(v, v, v)})
         for i, v in enumerate(y)
     ]
-    return Curve(where, arm, seed, f"run-{arm}-{seed}", points, ["held_out"], [], [], {})
+    return Curve(where, arm, seed, f"run-{arm}-{seed}", points, ["held_out"], [], [], [])
 
 
 def test_ratios_are_paired_and_censored_as_the_rule_says():

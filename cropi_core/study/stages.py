@@ -1,0 +1,92 @@
+"""What each stage of a curriculum chose, how far its target could be known, and how much of it was used up.
+
+These figures say why an arm is fast or slow: a stage teaches little where its prompts are of something else, or where
+most of their groups have one reward by its end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from cropi_core.step_functions import METRICS_FILE
+from cropi_core.store import Store
+from data_schemas.config import Config
+from data_schemas.manifest import RunRecord
+from data_schemas.sources import WorldSource
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage.
+
+    Attributes:
+        stage: Counted from 1.
+        selected: Prompts chosen, by source.
+        of_targets: Share of them that is of the families of the validation sets; None outside the embedded world.
+        agreement: Cosine of the targets of two halves of a validation set, of the set where it is least; None where
+            the stage has no scores.
+        reward_first: Mean reward of the completions drawn in the stage's first quarter.
+        reward_last: The same in its last quarter.
+        dead_groups: Share of groups with one reward in the last quarter: they teach nothing.
+    """
+
+    stage: int
+    selected: dict[str, int]
+    of_targets: float | None
+    agreement: float | None
+    reward_first: float | None
+    reward_last: float | None
+    dead_groups: float | None
+
+
+def stage_facts(stage: int, config: Config, record: RunRecord, store: Store) -> StageFacts:
+    """Read one stage of a finished run."""
+    trained = record.slots[f"policy@{stage}"].ref
+    sources = store.manifest(record.slots[f"selection@{stage}"].ref).summary["sources"]
+    selected = {name: counts["selected"] for name, counts in sources.items()}
+    wanted = target_families(config)
+    summary = store.manifest(trained).summary
+    return StageFacts(
+        stage=stage,
+        selected=selected,
+        of_targets=_share(selected, wanted) if wanted else None,
+        agreement=_agreement(f"scores@{stage}", record, store),
+        reward_first=summary["first_quarter_reward"],
+        reward_last=summary["last_quarter_reward"],
+        dead_groups=dead_groups(
+            pq.read_table(store.path(trained) / METRICS_FILE, columns=["frac_reward_zero_std"])[0].to_pylist()
+        ),
+    )
+
+
+def target_families(config: Config) -> set[str]:
+    """Return the families of the validation sets; none unless all are of the embedded world."""
+    sources = list(config.data.validation.values())
+    worlds = [source for source in sources if isinstance(source, WorldSource)]
+    return {name for source in worlds for name in source.families} if len(worlds) == len(sources) else set()
+
+
+def dead_groups(shares: Sequence[float | None]) -> float | None:
+    """Average the share of groups with one reward over the last quarter of a stage's steps, at least one."""
+    known = [share for share in shares[-max(1, len(shares) // 4) :] if share is not None]
+    return float(np.mean(known)) if known else None
+
+
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Average what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _share(selected: dict[str, int], wanted: set[str]) -> float:
+    return sum(n for name, n in selected.items() if name in wanted) / max(1, sum(selected.values()))
+
+
+def _agreement(slot: str, record: RunRecord, store: Store) -> float | None:
+    if slot not in record.slots:
+        return None
+    sets = store.manifest(record.slots[slot].ref).summary["sets"].values()
+    found = [s["split_half_cosine"] for s in sets if s["split_half_cosine"] is not None]
+    return min(found, default=None)
