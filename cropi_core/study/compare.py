@@ -23,11 +23,14 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic over seeds with its 95 % interval; ``n`` pairs went into it."""
+    """A statistic over seeds with its 95 % interval; ``n`` pairs went into it.
+
+    No interval where a world has one seed: drawing that one again and again would look like certainty.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -177,6 +180,8 @@ def _of_mean_curves(study: Study, couples: list[tuple[Curve, Curve]], axis: str)
 
     if not couples or (value := of(np.arange(len(couples)))) is None:
         return None
+    if len(couples) == 1:
+        return Estimate(value, None, None, 1)
     random = np.random.Generator(np.random.PCG64(study.bootstrap.seed))
     draws = min(study.bootstrap.draws, 1000)
     found = [of(random.integers(0, len(couples), len(couples))) for _ in range(draws)]
@@ -192,6 +197,8 @@ def _estimate(
     values = [value for stratum in strata for value in stratum]
     if not values:
         return None
+    if any(len(stratum) == 1 for stratum in strata):
+        return Estimate(float(statistic(np.array(values))), None, None, len(values))
     low, high = bootstrap(strata, statistic, study.bootstrap.draws, study.bootstrap.seed)
     return Estimate(float(statistic(np.array(values))), low, high, len(values))
 

@@ -162,6 +162,17 @@ def markdown(
     planned: int,
 ) -> str:
     """Return the tables as Markdown, for documents that include them."""
+    grids = (
+        ("Accuracy on the targets at equal steps", tables.accuracy_grid(results, "targets")),
+        (f"Lead of {study.subject} on the targets, in points", tables.lead_grid(results)),
+        ("Accuracy on the other test sets at equal steps", tables.accuracy_grid(results, "others")),
+        ("What each stage chose, and how much of it was used up", tables.stages_grid(study, curves)),
+        (
+            "What a whole curriculum costs, selection included; token forwards: one a token generated, "
+            f"{FORWARD_AND_BACKWARD} a token of forward and backward",
+            tables.cost_grid(curves),
+        ),
+    )
     parts = [
         f"<!-- written by `cropi study {study.name} --write`, not by hand -->",
         f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
@@ -169,17 +180,9 @@ def markdown(
         f"### Steps and cost to the accuracy that {study.reference} has at its end",
         *RULES,
         tables.markdown(tables.speed_grid(study, results)),
-        "### Accuracy on the targets at equal steps",
-        tables.markdown(tables.accuracy_grid(results, "targets")),
-        f"### Lead of {study.subject} on the targets, in points",
-        tables.markdown(tables.lead_grid(results)),
-        "### Accuracy on the other test sets at equal steps",
-        tables.markdown(tables.accuracy_grid(results, "others")),
-        "### What each stage chose, and how much of it was used up",
-        tables.markdown(tables.stages_grid(study, curves)),
-        "### What a whole curriculum costs, selection included",
-        f"Token forwards: one a token generated, {FORWARD_AND_BACKWARD} a token of forward and backward.",
-        tables.markdown(tables.cost_grid(curves)),
     ]
+    for title, grid in grids:
+        if grid[1]:
+            parts += [f"<details><summary>{title}</summary>", tables.markdown(grid), "</details>"]
     parts += [f"- failed, and in no figure: {failure.label}: {failure.error}" for failure in failures]
     return "\n\n".join(parts) + "\n"

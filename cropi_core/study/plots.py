@@ -63,11 +63,11 @@ def draw(ax: Axes, study: Study, results: Sequence[ArmResult], world: str) -> No
             label=short(row.arm),
             zorder=3 if main else 2,
         )
-        if main and row.seeds[1:]:
+        if main:
             ax.fill_between(
                 steps,
-                [e.low for e in found],
-                [e.high for e in found],
+                [e.value if e.low is None else e.low for e in found],
+                [e.value if e.high is None else e.high for e in found],
                 color=COLOURS[place % len(COLOURS)],
                 alpha=0.18,
                 linewidth=0,

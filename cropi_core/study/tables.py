@@ -197,7 +197,7 @@ def times(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     if estimate.value == 0:
-        return f"not reached (≤ {estimate.high:.2f}×)" if estimate.n > 1 else "not reached"
+        return f"not reached (≤ {estimate.high:.2f}×)" if estimate.high else "not reached"
     return f"{estimate.value:.2f}×" + _between(estimate, "{:.2f}", "–")
 
 
@@ -217,8 +217,8 @@ def points(estimate: Estimate | None) -> str:
 
 
 def _between(estimate: Estimate, form: str, dash: str, factor: float = 1) -> str:
-    """Write an interval; one pair has none."""
-    if estimate.n < 2:
+    """Write an interval, if there is one."""
+    if estimate.low is None or estimate.high is None:
         return ""
     return f" ({form.format(factor * estimate.low)}{dash}{form.format(factor * estimate.high)})"
 

@@ -315,6 +315,17 @@ def test_ratios_are_paired_and_censored_as_the_rule_says():
     assert figures["seeds"] == 2
 
 
+def test_one_seed_has_no_interval():
+    plan = study()
+    row = next(
+        r for r in compare(plan, [made_up("full", [0.4, 0.6]), made_up("cropi", [0.4, 0.7])]) if r.speed
+    )
+    assert row.speed["steps"].median.low is None
+    assert row.speed["steps"].curves.low is None
+    assert "(" not in tables.times(row.speed["steps"].median)
+    assert headline(plan, [row])["ci95_low"] is None
+
+
 def test_an_arm_that_is_ahead_is_ahead_by_what_it_says():
     plan = study()
     found = [made_up("full", [0.4, 0.5]), made_up("cropi", [0.4, 0.6]), made_up("once", [0.4, 0.6])]
