@@ -174,7 +174,7 @@ def markdown(
         ),
     )
     parts = [
-        f"<!-- written by `cropi study {study.name} --write`, not by hand -->",
+        "<!-- written by the study, not by hand -->",
         f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
         "![accuracy on the targets by optimizer step](accuracy.png)",
         f"### Steps and cost to the accuracy that {study.reference} has at its end",
