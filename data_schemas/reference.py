@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, Vllm, WorldSource
+from data_schemas.study import Arm, Bootstrap, Study, World
 
 HEADER = """# Configuration
 
@@ -34,6 +35,10 @@ def reference() -> str:
             "Sampling (`rollouts.pool`, `rollouts.validation`, `training.sampling`, `evaluation.sampling`)",
             Sampling,
         ),
+        ("A study (`configs/studies/`, for `cropi study`)", Study),
+        ("`worlds` of a study, by name", World),
+        ("`arms` of a study, by name", Arm),
+        ("`bootstrap` of a study", Bootstrap),
     ]:
         parts.append(_table(title, model))
     return "\n".join(parts)

@@ -27,7 +27,7 @@ class World(Section):
         min_length=1, description="Test sets whose mean accuracy the study is about; never validation sets."
     )
     dead_weight: bool = Field(
-        default=True, description="Whether the pool has prompts that teach nothing; said in the tables."
+        default=True, description="Whether the pool has prompts that teach nothing; said beside its figures."
     )
 
 
