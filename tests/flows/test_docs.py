@@ -106,6 +106,7 @@ class Reader:
                 r"^prefect deployment run cropi/\w+(?!.*preset)",
                 lambda: f"\\g<0> -p file={self.place}/my.yaml",
             ),
+            (r"approve=true", lambda: "approve=true -p seed=5"),  # what was answered before is not asked again
             (r"cropi run demo\b", lambda: "cropi run configs/demo.yaml"),
             (r"cropi serve$", lambda: f"cropi serve --port {self.ports['serve']}"),
             (r"prefect server start$", lambda: f"prefect server start --port {self.ports['server']} --no-ui"),
