@@ -29,7 +29,8 @@ from data_schemas.vllm import Vllm
 SERVED = "policy"
 """Name of the model at the servers that we start."""
 MODULE = "vllm.entrypoints.openai.api_server"
-LINE = 300
+CPU_CACHE_GB = "2"
+LINE = 400
 ERROR_LINES = 4
 TAIL_LINES = 8
 LOG_BYTES = 1 << 20
@@ -138,11 +139,15 @@ def command_line(
     return [*command, *settings.arguments]
 
 
-def environment_of(settings: Vllm, index: int) -> dict[str, str]:
+def environment_of(settings: Vllm, index: int, *, cpu: bool = False) -> dict[str, str]:
     """Return a server's environment: ours, without network and telemetry, with its GPUs and the user's changes."""
     ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     ours |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     ours["PYTHONSAFEPATH"] = "1"  # a vllm.py of the working directory is not vLLM
+    if (
+        cpu
+    ):  # unless told, 0.32 wants 92 % of the machine's memory for its cache, and does not start with less
+        ours.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GB)
     if settings.gpus:
         ours["CUDA_VISIBLE_DEVICES"] = settings.gpus[index]
     return ours | settings.environment
@@ -166,13 +171,14 @@ def started(
         ServerError: One ended or did not answer in time.
     """
     python = find_interpreter(settings.python)
-    command = command_line(str(python), policy, settings, dtype, max_model_len, cpu=is_cpu_build(python))
+    cpu = is_cpu_build(python)
+    command = command_line(str(python), policy, settings, dtype, max_model_len, cpu=cpu)
     servers: list[LocalServer] = []
     try:
         deadline = time.monotonic() + settings.start_timeout_s
         for index in range(settings.servers):
             log = logs / f"server-{index}.log"
-            servers.append(LocalServer(command, environment_of(settings, index), free_port(), log))
+            servers.append(LocalServer(command, environment_of(settings, index, cpu=cpu), free_port(), log))
         for server in servers:
             server.wait(deadline)
         yield servers
