@@ -56,12 +56,12 @@ def compare(config: str, override: list[str], repeats: int) -> dict[str, Any]:
         home = Path(folder) / "home"
 
         def through(root: str) -> dict[str, float]:
-            command = ["-m", "cropi_core", "run", config, "--root", root, "--json", "--no-report", *changes]
+            command = ["-m", "flows.cli", "run", config, "--root", root, "--json", "--no-report", *changes]
             return timed(command, home)
 
         small = ["-o", "stages=1", "-o", "training.steps=1", "-o", "selection.strategy=random"]
         timed(  # the database is made
-            ["-m", "cropi_core", "run", config, "--root", f"{folder}/first", "--json", "--no-report", *small],
+            ["-m", "flows.cli", "run", config, "--root", f"{folder}/first", "--json", "--no-report", *small],
             home,
         )
         for i in range(repeats):

@@ -64,11 +64,13 @@ ELSEWHERE = {  # what cannot be run here, and who does
 def commands(page: Path) -> list[str]:
     """What a page shows, in order: lines of blocks of shell without their comments, then commands in the text."""
     text = page.read_text(encoding="utf-8")
-    lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    lines = [line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     shown = [re.split(r"\s{2,}#|\s+# ", line.strip())[0].strip() for line in lines]
     parts = [part.strip() for line in shown for part in (line.split(";  ") if line else [])]
     inline = INLINE.findall(FENCE.sub("", text))
-    return [part for part in parts if part] + [one for one in dict.fromkeys(inline) if one not in parts]
+    return [part for part in parts if part and part[0] != "#"] + [
+        one for one in dict.fromkeys(inline) if one not in parts
+    ]
 
 
 class Reader:
@@ -106,7 +108,10 @@ class Reader:
                 r"^prefect deployment run cropi/\w+(?!.*preset)",
                 lambda: f"\\g<0> -p file={self.place}/my.yaml",
             ),
-            (r"approve=true", lambda: "approve=true -p seed=5"),  # what was answered before is not asked again
+            (
+                r"approve=true",
+                lambda: "approve=true -p seed=5",
+            ),  # what was answered before is not asked again
             (r"cropi run demo\b", lambda: "cropi run configs/demo.yaml"),
             (r"cropi serve$", lambda: f"cropi serve --port {self.ports['serve']}"),
             (r"prefect server start$", lambda: f"prefect server start --port {self.ports['server']} --no-ui"),
