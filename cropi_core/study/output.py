@@ -27,7 +27,8 @@ RULES = (
     "first to the mean target accuracy that the reference has at its end; straight lines between evaluations; the "
     "median over pairs, and a 95 % bootstrap interval over seeds within each world. The reference itself is read by "
     "the same rule, so where it was there before its end, that counts.",
-    "An arm that never comes there has ratio 0 and counts in the median as the worst. A pair whose reference ends no "
+    "An arm that never comes there has ratio 0 and counts in the median as the worst; of an even number of pairs the "
+    "median is the lower of the middle two, so that it is a ratio that was measured. A pair whose reference ends no "
     "higher than it began is undefined and left out, and counted in the last column. Mean curves: the same ratio of "
     "the curves averaged over seeds, with the interval over redrawn seeds.",
 )
@@ -114,10 +115,13 @@ def sentence(study: Study, results: Sequence[ArmResult]) -> str:
     row = next((row for row in rows if row.world == ALL), rows[0])
     steps, work = row.speed["steps"], row.speed["work"]
     where = f"in {len([r for r in rows if r.world != ALL])} worlds" if row.world == ALL else f"in {row.world}"
+    pairs = steps.median.n if steps.median else 0
+    about = f"{len(row.seeds)} seeds {where}, {pairs} pairs, {steps.never} of them never there"
+    if steps.median is not None and steps.median.value == 0:
+        return f"{study.subject} does not come to the last accuracy of {study.reference} in the median pair: {about}"
     return (
         f"{study.subject} comes to the last accuracy of {study.reference} {tables.times(steps.median)} sooner by "
-        f"steps and {tables.times(work.median)} by total cost: {len(row.seeds)} seeds {where}, "
-        f"{steps.median.n if steps.median else 0} pairs, {steps.never} of them never there"
+        f"steps and {tables.times(work.median)} by total cost: {about}"
     )
 
 

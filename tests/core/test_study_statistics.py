@@ -63,6 +63,15 @@ def test_an_arm_that_is_the_reference_is_as_fast_as_it(curve):
 def test_an_arm_that_never_comes_there_counts_as_the_worst_and_not_as_missing():
     assert ratio(60.0, math.inf) == 0
     assert median(np.array([3.0, 3.0, 0.0, 0.0, 0.0])) == 0
+    assert median(np.array([3.0, 0.0])) == 0
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=9))
+def test_a_median_is_one_of_the_values_and_half_are_no_larger(values):
+    found = float(median(np.array(values)))
+    assert found in values
+    assert sum(v <= found for v in values) * 2 >= len(values)
+    assert sum(v >= found for v in values) * 2 >= len(values)
 
 
 def test_where_the_reference_does_not_rise_there_is_nothing_to_compare():
