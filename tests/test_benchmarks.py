@@ -63,6 +63,11 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
             "parity",
         },
     ),
+    "prefect_cost": (
+        ["--repeats", "1", "-o", "stages=1", "-o", "training.steps=2", "-o", "selection.strategy=random"],
+        {"config", "overrides", "straight", "prefect", "found_s", "found_overhead_s", "overhead_s"}
+        | {"share_of_ten_minutes"},
+    ),
     "store": (["--rows", "40", "--k", "64", "--repeats", "1"], {"rows", "k", "figures"}),
 }
 
