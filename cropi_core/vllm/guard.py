@@ -14,15 +14,20 @@ Standard library only, and nothing of ours: it is started with -I by its path.
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 GRACE_S = 10.0
 """A server that was asked to end (SIGTERM) is killed after this."""
 
 PR_SET_PDEATHSIG = 1
+
+LONGEST_BASE = 40
+"""Characters of a temporary directory's path: a socket's whole path has at most 107, and vLLM's name takes 36."""
 
 
 def die_with_parent() -> None:
@@ -40,14 +45,30 @@ def kill_group(group: int, number: int) -> bool:
     return True
 
 
+def socket_folder() -> str:
+    """Make a directory for the sockets of the server's processes, which a killed server leaves behind."""
+    base = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="cropi-vllm-", dir=base if len(base) <= LONGEST_BASE else "/tmp")  # noqa: S108
+
+
 def main(command: list[str]) -> int:
     """Run the command until it or our standard input ends."""
+    sockets = socket_folder()
+    try:
+        return watch(command, os.environ | {"VLLM_RPC_BASE_PATH": sockets})
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def watch(command: list[str], environment: dict[str, str]) -> int:
+    """Run the command as :func:`main` says."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # ours decides; a Ctrl-C reaches it alone
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
+        env=environment,
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
