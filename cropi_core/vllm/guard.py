@@ -45,19 +45,19 @@ def kill_group(group: int, number: int) -> bool:
     return True
 
 
-def socket_folder() -> str:
-    """Make a directory for the sockets of the server's processes, which a killed server leaves behind."""
+def scratch_folder() -> str:
+    """Make a directory for the sockets and temporary files of the server, which a killed server leaves behind."""
     base = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="cropi-vllm-", dir=base if len(base) <= LONGEST_BASE else "/tmp")  # noqa: S108
 
 
 def main(command: list[str]) -> int:
     """Run the command until it or our standard input ends."""
-    sockets = socket_folder()
+    scratch = scratch_folder()
     try:
-        return watch(command, os.environ | {"VLLM_RPC_BASE_PATH": sockets})
+        return watch(command, os.environ | {"VLLM_RPC_BASE_PATH": scratch, "TMPDIR": scratch})
     finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def watch(command: list[str], environment: dict[str, str]) -> int:
