@@ -9,36 +9,30 @@ passed, trajectories are collected again or the selection is random, and the rec
 listed in :mod:`cropi_core.slots`.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
 from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
-from cropi_core.errors import ArtifactError, ConfigError, SelectionError, WaitingError
+from cropi_core.errors import SelectionError
 from cropi_core.prompts import check_disjoint
-from cropi_core.runs import load_run, new_run, now, run_id, save_run
+from cropi_core.running import Execute, Run
+from cropi_core.runs import load_run, run_id
 from cropi_core.slots import pin_for, slots, source_settings
-from cropi_core.steps import StepResult
-from cropi_core.store import Store, is_full
+from cropi_core.store import Store
 from data_schemas.config import Config, Engine
 from data_schemas.manifest import (
     ArtifactRef,
-    Manifest,
     RunRecord,
-    SlotRecord,
     StageCheck,
-    StepName,
-    StepSpec,
 )
 
-Execute = Callable[[StepSpec], StepResult]
 Approve = Callable[[int, ArtifactRef, str | None], float | None]
 """Asked with a stage, its selection and what is wrong with that, if anything; answers with another ratio, or None."""
 
 
 class Curriculum:
-    """One run under way: its configuration, its record, and the function that executes steps."""
+    """The steps of one run: what each is given, in which order, and what is decided in between."""
 
     def __init__(
         self,
@@ -49,20 +43,12 @@ class Curriculum:
         approve: Approve | None,
     ) -> None:
         self.config = config
-        self.store = store
-        self.execute = execute
-        self.notify = notify
         self.approve = approve
-        self.record = new_run(config)
+        self.run = Run(config, store, execute, notify)
 
-    def run(self) -> RunRecord:
+    def execute(self) -> RunRecord:
         """Run all stages; the record says at every moment how far it came."""
-        self.store.prepare()
-        try:
-            with contextlib.suppress(ArtifactError):  # the first time, or a record that cannot be read
-                self.record.approved.update(load_run(self.store, self.record.run).approved)
-            save_run(self.store, self.record)
-            self._check_pins()
+        with self.run.recorded():
             sets = self._prompts()
             policy = self._base_policy()
             self._evaluate(0, policy, sets)
@@ -71,90 +57,7 @@ class Curriculum:
                 selection, rollouts = self._choose(stage, policy, sets, rollouts)
                 policy = self._train(stage, policy, sets, selection)
                 self._evaluate(stage, policy, sets)
-        except WaitingError as error:
-            self._close("waiting", str(error))
-            raise
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # a disk too full for the record must not hide why
-                self._close("failed", f"{type(error).__name__}: {error}")
-            if isinstance(error, OSError) and is_full(error):
-                raise self.store.no_space("the run's record") from error
-            raise
-        self._close("done", None)
-        return self.record
-
-    def _close(self, status: Any, error: str | None) -> None:
-        self.record = self.record.model_copy(update={"status": status, "error": error, "finished": now()})
-        save_run(self.store, self.record)
-
-    def _note(self, text: str) -> None:
-        self.record.notes.append(text)
-        self.notify(text)
-
-    def _manifest(self, ref: ArtifactRef) -> Manifest:
-        return self.store.manifest(ref)
-
-    # -- one step ------------------------------------------------------------------------------------------------
-
-    def _step(
-        self,
-        step: StepName,
-        slot: str,
-        settings: dict[str, Any],
-        inputs: dict[str, ArtifactRef] | None = None,
-        location: dict[str, str] | None = None,
-    ) -> ArtifactRef:
-        pinned = pin_for(self.config.pin, slot)
-        if pinned is not None:
-            ref = self._pinned(slot, pinned)
-            entry = SlotRecord(ref=ref, origin="pinned")
-        else:
-            spec = StepSpec(
-                step=step,
-                slot=slot,
-                settings=settings,
-                inputs=inputs or {},
-                location=location or {},
-                runtime=self.config.runtime.model_dump(mode="json"),
-            )
-            result = self._execute(spec)
-            ref = result.ref
-            entry = SlotRecord(
-                ref=ref, origin="cached" if result.cached else "computed", seconds=result.seconds
-            )
-        self.record.slots[slot] = entry
-        save_run(self.store, self.record)
-        return ref
-
-    def _execute(self, spec: StepSpec) -> StepResult:
-        """Execute a step, and say so when its stored artifact was damaged and had to be computed again."""
-        before = set(self.store.damaged())
-        result = self.execute(spec)
-        for path in self.store.damaged():
-            if path not in before:
-                faults = path.with_name(f"{path.name}.txt").read_text(encoding="utf-8").splitlines()
-                self._note(
-                    f"{spec.slot} was damaged ({'; '.join(faults[:3])}), set aside as {path}, computed again"
-                )
-        return result
-
-    def _check_pins(self) -> None:
-        """Refuse pins that could not be used, before anything is run."""
-        known = slots(self.config)
-        for name, key in self.config.pin.items():
-            meant = [slot for slot in known if pin_for({name: key}, slot)]
-            if not meant:
-                raise ConfigError(f"pin: no slot is called {name!r}; there are {', '.join(known)}")
-            self._pinned(meant[0], key)
-
-    def _pinned(self, slot: str, name: str) -> ArtifactRef:
-        """Find a pinned artifact, whole and of the slot's kind: it cannot be computed again."""
-        ref = self.store.manifest(self.store.resolve(name)).ref
-        kind = slot.partition("@")[0].partition("/")[0]
-        if ref.kind != kind:
-            raise ConfigError(f"pin {slot}: {ref.key} is of kind {ref.kind}, {kind} is wanted")
-        self.store.require(ref)
-        return ref
+        return self.run.record
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
@@ -166,15 +69,15 @@ class Curriculum:
         sets = {}
         for name, (split, source) in sources.items():
             settings, location = source_settings(source, split)
-            sets[name] = self._step("prompts", f"prompts/{name}", settings, location=location)
-        check_disjoint({name: self.store.path(ref) for name, ref in sets.items()})
+            sets[name] = self.run.step("prompts", f"prompts/{name}", settings, location=location)
+        check_disjoint({name: self.run.store.path(ref) for name, ref in sets.items()})
         return sets
 
     def _base_policy(self) -> ArtifactRef:
         if pin_for(self.config.pin, "policy@0"):
-            return self._step("policy", "policy@0", {})
+            return self.run.step("policy", "policy@0", {})
         directory = resolve_checkpoint(self.config.policy.path, self.config.policy.revision)
-        return self._step(
+        return self.run.step(
             "policy", "policy@0", {"sha256": tree_digest(directory)}, location={"path": str(directory)}
         )
 
@@ -201,20 +104,20 @@ class Curriculum:
             **_engine(rollouts.engine),
         }
         inputs = {"policy": policy, "prompts": prompts}
-        ref = self._step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
+        ref = self.run.step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
         self._warn(f"rollouts/{name}@{stage}", ref)
         return ref
 
     def _warn(self, slot: str, ref: ArtifactRef) -> None:
         """Note what an artifact's own figures warn of."""
-        if warning := self._manifest(ref).summary.get("parity", {}).get("warning"):
-            self._note(f"{slot}: {warning}")
+        if warning := self.run.store.manifest(ref).summary.get("parity", {}).get("warning"):
+            self.run.note(f"{slot}: {warning}")
 
     def _gradients(
         self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
     ) -> dict[str, ArtifactRef]:
         config, projection = self.config, self.config.projection
-        if projection.preconditioner == "adam" and policy == self.record.slots["policy@0"].ref:
+        if projection.preconditioner == "adam" and policy == self.run.record.slots["policy@0"].ref:
             # No stage has trained the base yet, so it has no moments.
             projection = projection.model_copy(update={"preconditioner": "none"})
         settings = {
@@ -225,7 +128,7 @@ class Curriculum:
             "max_new_tokens": config.training.sampling.max_new_tokens,
         }
         return {
-            name: self._step(
+            name: self.run.step(
                 "gradients",
                 f"gradients/{name}@{stage}",
                 settings,
@@ -249,8 +152,8 @@ class Curriculum:
             if config.scores_at(stage):
                 rollouts, scores, check = self._checked_scores(stage, policy, sets, rollouts)
             else:  # what the first stage came to holds for all
-                entry = self.record.slots.get("scores@1")
-                scores, check = entry.ref if entry else None, self.record.checks[-1]
+                entry = self.run.record.slots.get("scores@1")
+                scores, check = entry.ref if entry else None, self.run.record.checks[-1]
             inputs |= {"scores": scores} if scores else {}
             if check.action == "random":
                 settings["fallback"] = {
@@ -270,25 +173,25 @@ class Curriculum:
 
         def choose(ratio: float) -> ArtifactRef:
             settings["selection"]["ratio"] = ratio
-            return self._step("selection", f"selection@{stage}", settings, inputs)
+            return self.run.step("selection", f"selection@{stage}", settings, inputs)
 
         ratio = self.config.selection.ratio
         selection = proposed = choose(ratio)
         if self.approve is None:
             return selection
         if (
-            approved := self.record.approved.get(proposed.key)
+            approved := self.run.record.approved.get(proposed.key)
         ) is not None:  # at an earlier start of this run
             return proposed if approved == ratio else choose(approved)
         while (other := self.approve(stage, selection, self._too_few(stage, selection))) is not None:
             ratio = other
             selection = choose(ratio)
-        self.record.approved[proposed.key] = ratio
-        save_run(self.store, self.record)
+        self.run.record.approved[proposed.key] = ratio
+        self.run.save()
         return selection
 
     def _too_few(self, stage: int, selection: ArtifactRef) -> str | None:
-        summary = self._manifest(selection).summary
+        summary = self.run.store.manifest(selection).summary
         config, chosen = self.config, summary["selected"]
         if chosen >= config.training.prompts_per_step:
             return None
@@ -309,16 +212,16 @@ class Curriculum:
             scores, spot = None, None
             # What is known without scores comes first: stale trajectories need not be scored.
             check = self._judge(stage, policy, rollouts, gradients, GRADIENT_RULES)
-            live = self._manifest(gradients["pool"]).summary["status"]["ok"]
+            live = self.run.store.manifest(gradients["pool"]).summary["status"]["ok"]
             if check.action == "none" or (check.action == "random" and live):
                 scores = self._score(f"scores@{stage}", gradients["pool"], gradients)
                 spot = self._spot_check(stage, policy, sets, gradients, scores)
                 influence = self.config.selection.strategy == "influence"
                 rules = RULES if influence else GRADIENT_RULES
                 check = self._judge(stage, policy, rollouts, gradients, rules, scores, spot)
-            self.record.checks.append(check)
+            self.run.record.checks.append(check)
             if said := consequence(check):
-                self._note(said)
+                self.run.note(said)
             if check.action != "refresh":
                 return rollouts, scores, check
             self._put_aside(stage)
@@ -336,9 +239,9 @@ class Curriculum:
     ) -> StageCheck:
         """Hold what is known against the limits."""
         measured = [gradients["pool"], scores, spot]
-        found = figures(*[self._manifest(ref).summary if ref else {} for ref in measured])
+        found = figures(*[self.run.store.manifest(ref).summary if ref else {} for ref in measured])
         whose: Literal["own", "pinned", "stored"] = "stored"
-        if self._manifest(rollouts["pool"]).inputs.get("policy") == policy:
+        if self.run.store.manifest(rollouts["pool"]).inputs.get("policy") == policy:
             whose = "own"
         elif pin_for(self.config.pin, f"rollouts/pool@{stage}"):
             whose = "pinned"
@@ -346,9 +249,9 @@ class Curriculum:
 
     def _put_aside(self, stage: int) -> None:
         """Keep what a stage made of stored trajectories in the record, at slots of its own."""
-        for slot in [name for name in self.record.slots if name.endswith(f"@{stage}")]:
+        for slot in [name for name in self.run.record.slots if name.endswith(f"@{stage}")]:
             name = slot.partition("@")[0]
-            self.record.slots[f"{name}/stored@{stage}"] = self.record.slots.pop(slot)
+            self.run.record.slots[f"{name}/stored@{stage}"] = self.run.record.slots.pop(slot)
 
     def _spot_check(
         self,
@@ -365,11 +268,11 @@ class Curriculum:
         seed = config.seed + stage
         draw = {"prompts": limits.spot_check, "dead_share": limits.spot_dead_share}
         inputs = {"prompts": sets["pool"], "scores": scores}
-        prompts = self._step("prompts", f"prompts/spot@{stage}", {"spot": draw, "seed": seed}, inputs)
+        prompts = self.run.step("prompts", f"prompts/spot@{stage}", {"spot": draw, "seed": seed}, inputs)
         rollouts = self._collect("spot", stage, policy, prompts, limits.spot_seed)
         fresh = self._gradients(stage, policy, {"spot": rollouts})["spot"]
-        if not self._manifest(fresh).summary["status"]["ok"]:
-            self._note(f"stage {stage}: no prompt of the spot check has a gradient by fresh trajectories")
+        if not self.run.store.manifest(fresh).summary["status"]["ok"]:
+            self.run.note(f"stage {stage}: no prompt of the spot check has a gradient by fresh trajectories")
             return None
         own = self._score(f"scores/spot@{stage}", fresh, gradients)
         settings = {
@@ -377,19 +280,19 @@ class Curriculum:
             "ratio": config.selection.ratio,
             "seed": config.seed,
         }
-        return self._step("diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": own})
+        return self.run.step("diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": own})
 
     def _score(self, slot: str, train: ArtifactRef, gradients: dict[str, ArtifactRef]) -> ArtifactRef:
         inputs = {"train": train}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
         settings = {"scores": self.config.scores.model_dump(), "seed": self.config.seed}
-        return self._step("scores", slot, settings, inputs)
+        return self.run.step("scores", slot, settings, inputs)
 
     def _train(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], selection: ArtifactRef
     ) -> ArtifactRef:
         config = self.config
-        base = self.record.slots["policy@0"].ref
+        base = self.run.record.slots["policy@0"].ref
         start = base if config.training.start == "base" else policy
         inputs = {"policy": start, "prompts": sets["pool"], "selection": selection}
         if config.training.beta > 0:
@@ -400,7 +303,7 @@ class Curriculum:
             "objective": config.objective.model_dump(include={"loss_type", "scale_rewards", "clip_epsilon"}),
             "seed": config.seed + stage,
         }
-        return self._step("training", f"policy@{stage}", settings, inputs)
+        return self.run.step("training", f"policy@{stage}", settings, inputs)
 
     def _evaluate(self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]) -> None:
         names = [*self.config.data.validation, *self.config.data.test]
@@ -409,7 +312,7 @@ class Curriculum:
             self.config.evaluation.engine
         )
         settings = {**self._model_settings(), "evaluation": evaluation}
-        ref = self._step("evaluation", f"evaluation@{stage}", settings, inputs)
+        ref = self.run.step("evaluation", f"evaluation@{stage}", settings, inputs)
         self._warn(f"evaluation@{stage}", ref)
 
 
@@ -446,7 +349,7 @@ def curriculum(
     References:
         CROPI, arXiv 2510.26491, algorithm 1.
     """
-    return Curriculum(config, store, execute, notify, approve).run()
+    return Curriculum(config, store, execute, notify, approve).execute()
 
 
 __all__ = ["Curriculum", "Execute", "curriculum", "load_run", "run_id", "slots"]

@@ -27,6 +27,7 @@ from tests.flows.conftest import tiny_config
 from tests.flows.test_cli import CHECKOUT, CROPI, descendants, person, servers_of, written
 from tests.flows.test_deployment import answer, free_port
 from tests.flows.test_serve import Served, command_of
+from tests.flows.test_ui import keep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BLOCK = """
@@ -152,8 +153,7 @@ def test_a_person_is_asked_in_the_ui_and_told_of_finished_stages(office: Office,
         shown.click("Resume")
         text = shown.wait_for("Train stage 1 on this selection?", "reverse", "10 of 40", "another ratio")
         assert office.record(config).slots["selection@1"].ref.key in text
-        if keep := os.environ.get("CROPI_SCREENSHOTS"):
-            shown.screenshot(CHECKOUT / keep / "approval.png")
+        keep(shown, "approval", tmp_path)
     for wrong in ({}, {"answer": "perhaps"}, {"answer": "another ratio", "ratio": 2}):
         assert office.resume(flow_run, **wrong)["status"] == "REJECT"
     office.resume(flow_run, answer="another ratio")  # and which?
