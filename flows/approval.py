@@ -120,7 +120,7 @@ def counts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for group in ("sources", "levels"):
         largest = sorted(summary[group].items(), key=lambda item: -item[1]["selected"])
-        shares = [f"{name} {n['selected']} of {n['pool']}" for name, n in largest[:MOST_GROUPS]]
+        shares = [f"{name}: {n['selected']} of {n['pool']}" for name, n in largest[:MOST_GROUPS]]
         more = [f"{len(largest) - MOST_GROUPS} more"] if len(largest) > MOST_GROUPS else []
         said.append((group, ", ".join([*shares, *more])))
     if rates := summary["pass_rate"]:
