@@ -198,7 +198,8 @@ def test_parameters_that_contradict_each_other_are_a_configuration_error(root):
 
 def test_the_form_describes_and_bounds_every_parameter():
     properties = curriculum.parameters.properties
-    assert set(properties) == {"config", "file", "preset", "root", "stages", "seed", "ratio", "refresh"}
+    knobs = {"stages", "seed", "ratio", "refresh", "approve"}
+    assert set(properties) == {"config", "file", "preset", "root"} | knobs
     assert all(value.get("description") for value in properties.values())
     assert (
         properties["stages"]["anyOf"][0] | {"minimum": 1, "maximum": 1000} == properties["stages"]["anyOf"][0]
