@@ -179,9 +179,8 @@ class Curriculum:
         selection = proposed = choose(ratio)
         if self.approve is None:
             return selection
-        if (
-            approved := self.run.record.approved.get(proposed.key)
-        ) is not None:  # at an earlier start of this run
+        approved = self.run.record.approved.get(proposed.key)
+        if approved is not None:  # at an earlier start of this run
             return proposed if approved == ratio else choose(approved)
         while (other := self.approve(stage, selection, self._too_few(stage, selection))) is not None:
             ratio = other

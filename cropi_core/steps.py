@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from cropi_core.children import child_env
 from cropi_core.errors import CropiError, StepError
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.resident import peak_resident
@@ -178,7 +179,7 @@ def _run_subprocess(spec: StepSpec, store: Store, runtime: Runtime, report: Repo
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=_child_env(),
+        env=child_env(),
         pass_fds=[claim] if claim >= 0 else [],
     )
     assert child.stdin is not None
@@ -206,13 +207,6 @@ def _run_subprocess(spec: StepSpec, store: Store, runtime: Runtime, report: Repo
         raise StepError(
             f"{spec.slot} failed in its process (exit {code}): {failure or 'see its output above'}"
         )
-
-
-def _child_env() -> dict[str, str]:
-    """Our environment, with the packages of this checkout importable by another interpreter."""
-    here = str(Path(__file__).resolve().parent.parent)
-    path = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here}
 
 
 def _kill_at(child: subprocess.Popen, deadline: float | None) -> Callable[[], bool] | None:

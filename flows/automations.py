@@ -76,20 +76,12 @@ def messages(block: UUID) -> list[Automation]:
         action = SendNotification(block_document_id=block, subject=subject, body=body)
         return Automation(name=name, description=said, trigger=trigger, actions=[action])
 
-    failed = EventTrigger(
-        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-        match=states,
-        match_related=FLOWS,
-        posture=Posture.Reactive,
-        threshold=1,
-    )
-    waits = EventTrigger(
-        expect={"prefect.flow-run.Suspended", "prefect.flow-run.Paused"},
-        match=states,
-        match_related=FLOWS,
-        posture=Posture.Reactive,
-        threshold=1,
-    )
+    def becomes(*names: str) -> EventTrigger:
+        expected = {f"prefect.flow-run.{name}" for name in names}
+        return EventTrigger(
+            expect=expected, match=states, match_related=FLOWS, posture=Posture.Reactive, threshold=1
+        )
+
     finished = EventTrigger(
         expect={STAGE_FINISHED},
         match=ResourceSpecification({"prefect.resource.id": ["cropi.run.*"]}),
@@ -101,7 +93,7 @@ def messages(block: UUID) -> list[Automation]:
         sends(
             "cropi: a run failed",
             "Sends a message when a run fails or crashes.",
-            failed,
+            becomes("Failed", "Crashed"),
             f"cropi: {RUN} failed",
             f"{state}\n{PAGE}\nThe same run started again goes on inside the failed step.",
         ),
@@ -115,7 +107,7 @@ def messages(block: UUID) -> list[Automation]:
         sends(
             "cropi: a selection waits for approval",
             "Sends a message when a run waits for a person.",
-            waits,
+            becomes("Suspended", "Paused"),
             f"cropi: {RUN} waits for you",
             f"A selection waits for yes, no, or another ratio.\n{PAGE}",
         ),

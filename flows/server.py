@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
+from cropi_core.children import child_env
 from cropi_core.errors import CropiError
 from cropi_core.loopback import free_port
 
@@ -43,9 +44,7 @@ class LocalServer:
         self.log = home / "server.log"
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
-        checkout = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
-        environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PYTHONPATH": path}
+        environment = {k: v for k, v in child_env().items() if k != "PREFECT_API_URL"}
         if port is not None:
             # The pages ask port 4200 unless told; their files are otherwise written into site-packages.
             environment["PREFECT_SERVER_UI_API_URL"] = self.url

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cropi_core.children import child_env
 from cropi_core.study.plan import Cell
 from flows.study_worker import ENDING_S
 
@@ -53,14 +54,12 @@ class Worker:
     """
 
     def __init__(self, root: Path) -> None:
-        checkout = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "flows.study_worker", str(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_env(),
             start_new_session=True,
         )
 

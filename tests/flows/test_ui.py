@@ -21,14 +21,13 @@ import pytest
 import yaml
 from PIL import Image
 from prefect import flow
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cropi_core.progress import Progress, silent
 from cropi_core.runs import list_runs, load_run
 from cropi_core.store import Store
 from data_schemas.manifest import RunRecord
+from flows.server import drain
 from tasks import progress
 from tasks.publish import KEYS, SAYS
 from tests.e2e.tiny import settings
@@ -256,8 +255,7 @@ def test_the_bar_of_a_long_step_moves_and_can_be_seen(place: Place, monkeypatch:
         try:
             long_step()
         finally:  # what sends events to this server would go on sending to it those of later tests
-            EventsWorker.drain_all(timeout=60, at_exit=False)
-            APILogWorker.drain_all(timeout=60, at_exit=False)
+            drain(timeout=60)
     assert seen == [25, 50, 75]
     page = place.browser.open(f"{place.url}/v2/runs/flow-run/{percent()['flow_run_id']}?tab=Artifacts")
     page.wait_for("PROGRESS", "rollouts/pool@1")
