@@ -20,7 +20,7 @@ from cropi_core.running import Execute, Run
 from cropi_core.runs import load_run, run_id
 from cropi_core.slots import pin_for, slots, source_settings
 from cropi_core.store import Store
-from data_schemas.config import Config, Engine
+from data_schemas.config import Config
 from data_schemas.manifest import (
     ArtifactRef,
     RunRecord,
@@ -82,7 +82,7 @@ class Curriculum:
         )
 
     def _model_settings(self) -> dict[str, Any]:
-        return {"dtype": self.config.policy.dtype, "grading": self.config.grading.model_dump()}
+        return {"dtype": self.config.policy.dtype, "grading": self.config.grading.for_key()}
 
     def _rollouts(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]
@@ -98,10 +98,10 @@ class Curriculum:
         sampling = rollouts.validation if name in self.config.data.validation else rollouts.pool
         settings = {
             **self._model_settings(),
-            "sampling": sampling.model_dump(),
+            "sampling": sampling.for_key(),
             "seed": self.config.seed + 1000 * (stage - 1) + seed,
             "shard_prompts": rollouts.shard_prompts,
-            **_engine(rollouts.engine),
+            **({} if rollouts.engine == "transformers" else {"engine": rollouts.engine}),
         }
         inputs = {"policy": policy, "prompts": prompts}
         ref = self.run.step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
@@ -122,9 +122,9 @@ class Curriculum:
             projection = projection.model_copy(update={"preconditioner": "none"})
         settings = {
             "dtype": config.policy.dtype,
-            "objective": config.objective.model_dump(),
-            "projection": projection.model_dump(),
-            "layout": config.gradients.model_dump(),
+            "objective": config.objective.for_key(),
+            "projection": projection.for_key(),
+            "layout": config.gradients.for_key(),
             "max_new_tokens": config.training.sampling.max_new_tokens,
         }
         return {
@@ -143,7 +143,7 @@ class Curriculum:
         """Score the pool under ``policy`` and choose the stage's subset."""
         config, inputs = self.config, {"prompts": sets["pool"]}
         settings: dict[str, Any] = {
-            "selection": config.selection.model_dump(),
+            "selection": config.selection.for_key(),
             "seed": config.seed + stage,
         }
         if config.needs_rollouts and (not rollouts or config.rollouts.refresh == "always"):
@@ -275,7 +275,7 @@ class Curriculum:
             return None
         own = self._score(f"scores/spot@{stage}", fresh, gradients)
         settings = {
-            "scores": config.scores.model_dump(),
+            "scores": config.scores.for_key(),
             "ratio": config.selection.ratio,
             "seed": config.seed,
         }
@@ -284,7 +284,7 @@ class Curriculum:
     def _score(self, slot: str, train: ArtifactRef, gradients: dict[str, ArtifactRef]) -> ArtifactRef:
         inputs = {"train": train}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
-        settings = {"scores": self.config.scores.model_dump(), "seed": self.config.seed}
+        settings = {"scores": self.config.scores.for_key(), "seed": self.config.seed}
         return self.run.step("scores", slot, settings, inputs)
 
     def _train(
@@ -298,7 +298,7 @@ class Curriculum:
             inputs["reference"] = base if config.training.reference == "base" else start
         settings = {
             **self._model_settings(),
-            "training": config.training.model_dump(),
+            "training": config.training.for_key(),
             "objective": config.objective.model_dump(include={"loss_type", "scale_rewards", "clip_epsilon"}),
             "seed": config.seed + stage,
         }
@@ -307,17 +307,9 @@ class Curriculum:
     def _evaluate(self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]) -> None:
         names = [*self.config.data.validation, *self.config.data.test]
         inputs = {"policy": policy} | {f"prompts.{name}": sets[name] for name in names}
-        evaluation = self.config.evaluation.model_dump(exclude={"engine"}) | _engine(
-            self.config.evaluation.engine
-        )
-        settings = {**self._model_settings(), "evaluation": evaluation}
+        settings = {**self._model_settings(), "evaluation": self.config.evaluation.for_key()}
         ref = self.run.step("evaluation", f"evaluation@{stage}", settings, inputs)
         self._warn(f"evaluation@{stage}", ref)
-
-
-def _engine(engine: Engine) -> dict[str, str]:
-    """Return what the key says of an engine: the first one is not named, so that older artifacts are still found."""
-    return {} if engine == "transformers" else {"engine": engine}
 
 
 def curriculum(

@@ -14,7 +14,7 @@ from data_schemas.manifest import SCHEMA_VERSION, ArtifactRef, Manifest, RunReco
 
 def run_id(config: Config) -> str:
     """Name a run by its configuration: the same configuration is the same run, gone on with."""
-    settings = config.model_dump(mode="json", exclude={"runtime"})
+    settings = {name: value for name, value in config.for_key().items() if name != "runtime"}
     return f"{config.name}-{hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:8]}"
 
 

@@ -48,7 +48,7 @@ def pin_for(pins: dict[str, str], slot: str) -> str | None:
 
 def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Split a source into what its prompts depend on and where they lie: a file counts by content."""
-    settings = source.model_dump(mode="json")
+    settings = source.for_key()
     if not isinstance(source, TableSource):
         return {"source": settings, "split": split}, {}
     if source.kind == "hub":

@@ -5,12 +5,13 @@ artifacts it changes; what only changes speed or place lives in :class:`Runtime`
 fields are errors, and so are settings that contradict one another (:meth:`Config.contradictions`).
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from data_schemas.limits import Diagnostics
 from data_schemas.sources import (
+    LATER,
     Columns,
     Data,
     Name,
@@ -29,6 +30,7 @@ LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 Ratio = Literal["none", "token", "token_clip", "sequence", "sequence_truncated"]
 
 __all__ = [
+    "LATER",
     "Columns",
     "Data",
     "Diagnostics",
@@ -181,7 +183,9 @@ class Training(Section):
 class Evaluation(Section):
     """Accuracy on validation and test sets, before the first stage and after each."""
 
-    engine: Engine = Field(default="transformers", description="What samples; as `rollouts.engine`.")
+    engine: Annotated[Engine, LATER] = Field(
+        default="transformers", description="What samples; as `rollouts.engine`."
+    )
     sampling: Sampling = Sampling(samples=4)
     seed: int = Field(default=1234, description="Not the rollouts' seed.")
 

@@ -59,6 +59,14 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """More prompts than a server answers before what kills it has seen the first shards."""
+    path = tmp_path_factory.mktemp("many") / "p.parquet"
+    write_prompts(build({"reverse": 200}, "pool", 0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The embedded policy with other weights."""
     directory = tmp_path_factory.mktemp("other") / "policy"
@@ -264,7 +272,7 @@ def test_a_dead_server_is_taken_out(servers, prompts, tmp_path, monkeypatch):
     same(tmp_path / "whole", tmp_path / "both")
 
 
-def test_started_servers_that_die_are_told_with_their_logs(attach, prompts, tmp_path):
+def test_started_servers_that_die_are_told_with_their_logs(attach, many, tmp_path):
     """Whole parts stay; the error names server, status, log and what to do; the next call goes on."""
     require_vllm()
     mark = f"CROPI_TEST={tmp_path}"
@@ -279,19 +287,19 @@ def test_started_servers_that_die_are_told_with_their_logs(attach, prompts, tmp_
                     os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(ServerError) as told:
-        run(tmp_path / "r", prompts, settings, shard=2, report=kill_after_a_shard)
+        run(tmp_path / "r", many, settings, shard=4, report=kill_after_a_shard)
     assert "no server is left" in str(told.value)
     assert "exit 137" in str(told.value)
     assert str(tmp_path / "r.logs" / "server-0.log") in str(told.value)
     assert gone(mark)
     assert list((tmp_path / "r").iterdir())
-    run(tmp_path / "r", prompts, attach(), shard=2)
-    assert read_rollouts(tmp_path / "r").num_rows == 80
+    run(tmp_path / "r", many, attach(), shard=4)
+    assert read_rollouts(tmp_path / "r").num_rows == 800
 
 
-def test_nothing_is_left_of_a_collection_that_was_killed(attach, prompts, tmp_path):
+def test_nothing_is_left_of_a_collection_that_was_killed(attach, many, tmp_path):
     """SIGKILL while parts are written: its servers end, and going on gives what an uninterrupted run gives."""
-    run(tmp_path / "whole", prompts, attach(), shard=1)
+    run(tmp_path / "whole", many, attach(), shard=4)
     mark = f"CROPI_TEST={tmp_path}"
     name, _, value = mark.partition("=")
     code = f"""
@@ -300,7 +308,7 @@ from pathlib import Path
 from core.test_vllm import FAST, Vllm, run
 vllm = Vllm(**{{**FAST, "environment": {{**FAST["environment"], {name!r}: {value!r}}}}}, concurrency=1)
 if __name__ == "__main__":
-    run(Path({str(tmp_path / "killed")!r}), Path({str(prompts)!r}), vllm, shard=1)
+    run(Path({str(tmp_path / "killed")!r}), Path({str(many)!r}), vllm, shard=4)
 """
     child = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 900
@@ -312,8 +320,8 @@ if __name__ == "__main__":
     child.wait()
     assert gone(mark)
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("part-*.parquet")}
-    assert 2 <= len(kept) < 20
-    run(tmp_path / "killed", prompts, attach(), shard=1)
+    assert 2 <= len(kept) < 50
+    run(tmp_path / "killed", many, attach(), shard=4)
     same(tmp_path / "whole", tmp_path / "killed")
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in kept.items())
 

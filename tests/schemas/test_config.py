@@ -1,14 +1,15 @@
 """The configuration: strict, frozen, free of contradictions, and the same after a trip through JSON."""
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cropi_core.configuration import load_config
-from data_schemas.config import Config, Runtime, Section
+from data_schemas.config import LATER, Config, Runtime, Section
 
 WORLD = {"kind": "world", "families": {"sort": 4}}
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -147,3 +148,17 @@ def test_every_setting_but_the_plain_ones_says_what_it_is():
     """The form of an orchestrator shows these descriptions; what only changes speed must all be explained."""
     undescribed = [name for name, field in Runtime.model_fields.items() if not field.description]
     assert set(undescribed) <= {"mode"}  # its two values speak for themselves
+
+
+def test_a_field_that_came_later_is_part_of_a_key_only_where_it_is_set():
+    class Inner(Section):
+        old: int = 1
+        new: Annotated[int | None, LATER] = None
+
+    class Outer(Section):
+        inner: Inner = Inner()
+        named: dict[str, Inner] = Field(default_factory=dict)
+
+    assert Outer(named={"a": Inner()}).for_key() == {"inner": {"old": 1}, "named": {"a": {"old": 1}}}
+    assert Outer(inner=Inner(new=2)).for_key() == {"inner": {"old": 1, "new": 2}, "named": {}}
+    assert Outer(named={"a": Inner(new=0)}).for_key()["named"] == {"a": {"old": 1, "new": 0}}
