@@ -1,9 +1,8 @@
-"""Rows of prompts: check those of our format, map those of a foreign table, tell when two ask the same.
+"""Rows of prompts: check those of our format and the settings that make them, tell when two ask the same.
 
 All faults of a table are told at once, each with its first few rows; no row is repaired or left out.
 """
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -14,9 +13,11 @@ from cropi_core.errors import ConfigError
 from cropi_core.tables import Faults
 from cropi_core.verifiers import VERIFIERS
 from data_schemas.arrow import PROMPTS
-from data_schemas.config import Columns, TableSource
+from data_schemas.config import TableSource
 
 ROLES = ("system", "user", "assistant")
+BOXED = "boxed"
+"""An ``answer_pattern`` that is no regular expression: one that follows nested braces took 32 s for 21 kB of them."""
 Row = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ def check_settings(source: TableSource) -> None:
         raise ConfigError(
             f"template={source.template!r} has no {{prompt}}: every prompt would be the same text"
         )
-    if source.answer_pattern is not None:
+    if source.answer_pattern not in (None, BOXED):
         try:
             groups = re.compile(source.answer_pattern).groups
         except re.error as error:
@@ -34,10 +35,13 @@ def check_settings(source: TableSource) -> None:
                 f"answer_pattern={source.answer_pattern!r} is no regular expression: {error}"
             ) from error
         if groups < 1:
-            raise ConfigError(f"answer_pattern={source.answer_pattern!r} has no group; group 1 is the answer")
+            raise ConfigError(
+                f"answer_pattern={source.answer_pattern!r} has no group; group 1 is the answer (or it is {BOXED!r})"
+            )
     if source.columns is None:
         idle = [n for n in ("answer_pattern", "system", "source") if getattr(source, n) is not None]
         idle += ["template"] if source.template != "{prompt}" else []
+        idle += ["unanswered"] if source.unanswered != "refuse" else []
         if idle:
             raise ConfigError(
                 f"{', '.join(idle)} without columns: a table in the prompts format is taken as it is"
@@ -77,7 +81,7 @@ def checked_rows(rows: list[Row], what: str) -> list[Row]:
                 _string(row, name, number, faults)
         if isinstance(row.get("verifier"), str) and row["verifier"] not in VERIFIERS:
             faults.add(f"verifier {row['verifier']!r} is none of {', '.join(VERIFIERS)}", number)
-        if "messages" in present and (fault := _messages_fault(row.get("messages"))):
+        if "messages" in present and (fault := messages_fault(row.get("messages"))):
             faults.add(fault, number)
         if not isinstance(row.get("level"), str | None):
             faults.add("level is neither a string nor null", number)
@@ -85,12 +89,13 @@ def checked_rows(rows: list[Row], what: str) -> list[Row]:
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             faults.add("tags is no list of strings", number)
         checked.append({**row, "level": row.get("level"), "tags": tags})
-    _check_unique(rows, "prompt_id", faults)
+    check_unique(rows, "prompt_id", faults)
     faults.check()
     return checked
 
 
-def _messages_fault(messages: Any) -> str | None:
+def messages_fault(messages: Any) -> str | None:
+    """Say why a prompt's messages cannot be used; None where they can."""
     if not isinstance(messages, list) or not messages:
         return "messages is no list of {role, content}, or empty"
     for message in messages:
@@ -103,80 +108,29 @@ def _messages_fault(messages: Any) -> str | None:
     return None
 
 
-def _string(row: Row, name: str, number: int, faults: Faults) -> str:
-    value = row.get(name)
+def _string(row: Row, name: str, number: int, faults: Faults) -> None:
+    if fault := text_fault(row.get(name), name):
+        faults.add(fault, number)
+
+
+def text_fault(value: Any, name: str) -> str:
+    """Say why a value is no text that can be used; nothing where it is one."""
     if value is None:
-        faults.add(f"{name} is null", number)
-    elif not isinstance(value, str):
-        faults.add(f"{name} is {_type_name(value)}, not a string", number)
-    elif not value.strip():
-        faults.add(f"{name} is empty", number)
-    else:
-        return value
-    return ""
+        return f"{name} is null"
+    if not isinstance(value, str):
+        return f"{name} is {type_name(value)}, not a string"
+    return "" if value.strip() else f"{name} is empty"
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Name a value's type for a message."""
     return "NaN" if isinstance(value, float) and value != value else type(value).__name__
 
 
-def _check_unique(rows: list[Row], name: str, faults: Faults) -> None:
+def check_unique(rows: list[Row], name: str, faults: Faults) -> None:
+    """Note values that a column of ids holds more than once."""
     counts = Counter(str(row[name]) for row in rows if row.get(name) is not None)
     twice = [value for value, count in counts.items() if count > 1]
     if twice:
         shown = ", ".join(twice[:5]) + (f", … {len(twice)} in all" if len(twice) > 5 else "")
         faults.add(f"{name} is not unique: {shown}")
-
-
-def mapped_rows(rows: list[Row], source: TableSource, columns: Columns, what: str) -> list[tuple[str, Row]]:
-    """Turn foreign rows into prompts, each beside the normalised text that identifies it.
-
-    Integers are taken as their decimal text; floats are refused, since 18.0 could mean 18 or 18.0.
-    """
-    faults = Faults(what)
-    present = set().union(*rows)
-    wanted = {role: name for role, name in columns.model_dump().items() if name is not None}
-    for role, name in wanted.items():
-        if name not in present:
-            faults.add(f"column {name!r} (columns.{role}) is missing; there are {', '.join(sorted(present))}")
-    faults.check()
-    origin = source.source or (_slug(source.path) if source.kind == "hub" else "file")
-    head = [] if source.system is None else [{"role": "system", "content": source.system}]
-    mapped = []
-    for number, original in enumerate(rows, 1):
-        row = {
-            k: str(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in original.items()
-        }
-        text = _string(row, columns.prompt, number, faults)
-        answer = _string(row, columns.answer, number, faults)
-        if answer and source.answer_pattern is not None:
-            match = re.search(source.answer_pattern, answer)
-            answer = (match.group(1) or "").strip() if match else ""
-            if not answer:
-                faults.add(
-                    f"{columns.answer} does not match answer_pattern={source.answer_pattern!r}", number
-                )
-        level = row.get(columns.level) if columns.level else None
-        if not isinstance(level, str | None):
-            faults.add(f"{columns.level} is {_type_name(level)}, not a string", number)
-        content = normalise(text)
-        made = hashlib.sha256(content.encode()).hexdigest()[:16]
-        prompt = {
-            "prompt_id": _string(row, columns.prompt_id, number, faults) if columns.prompt_id else made,
-            "source": origin,
-            # replace and not format: prompts and templates of mathematics are full of braces
-            "messages": [*head, {"role": "user", "content": source.template.replace("{prompt}", text)}],
-            "answer": answer,
-            "verifier": source.verifier,
-            "level": level,
-            "tags": [],
-        }
-        mapped.append((content, prompt))
-    if columns.prompt_id:
-        _check_unique(rows, columns.prompt_id, faults)
-    faults.check()
-    return mapped
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower().rstrip("/").rsplit("/", 1)[-1]).strip("_")[:40] or "hub"

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from cropi_core.errors import ConfigError, DataError
-from cropi_core.prompt_rows import Row, asked_text, check_settings, checked_rows, mapped_rows
+from cropi_core.mapping import mapped_rows
+from cropi_core.prompt_rows import Row, asked_text, check_settings, checked_rows
 from cropi_core.tables import read_parquet, read_rows, write_parquet
 from data_schemas.arrow import PROMPTS
 from data_schemas.config import Source, TableSource, WorldSource
@@ -55,9 +56,13 @@ def load_source(source: Source, split: str, path: str | None) -> tuple[pa.Table,
     if source.columns is None:
         drawn = [(asked_text(row), row) for row in checked_rows(rows, what)]
     else:
-        drawn = mapped_rows(rows, source, source.columns, what)
+        drawn, unanswered = mapped_rows(rows, source, source.columns, what)
         if source.columns.prompt_id is None:
             drawn, dropped = _without_duplicates(drawn)
+        if source.unanswered == "drop":
+            dropped["unanswered"] = unanswered
+        if not drawn:
+            raise DataError(f"{what} holds no row with an answer")
     kept = _draw(drawn, source, what)
     return pa.Table.from_pylist(kept, schema=PROMPTS), dropped
 

@@ -51,6 +51,7 @@ def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[st
     settings = source.for_key()
     if not isinstance(source, TableSource):
         return {"source": settings, "split": split}, {}
+    _leave_out_later(settings)
     if source.kind == "hub":
         return {"source": settings, "split": split}, {}
     path = Path(source.path).expanduser()
@@ -58,3 +59,16 @@ def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[st
         raise ConfigError(f"data: {path} is no file")
     settings["path"] = "sha256:" + file_sha256(path)
     return {"source": settings, "split": split}, {"path": str(path)}
+
+
+def _leave_out_later(settings: dict[str, Any]) -> None:
+    """Leave out fields that came later where they say nothing, so that the keys of before hold.
+
+    A preset counts by what it filled in: the same fields written out have the same key.
+    """
+    del settings["preset"]
+    if settings["unanswered"] == "refuse":
+        del settings["unanswered"]
+    for name in ("source", "tags"):
+        if settings["columns"] is not None and not settings["columns"][name]:
+            del settings["columns"][name]

@@ -1,12 +1,16 @@
 """Read rows that other programs wrote, and tell everything that is wrong with them at once.
 
-rows = read_rows(Path("pool.jsonl"))                 # Parquet or JSONL, by suffix
+rows = read_rows(Path("pool.jsonl"))                 # Parquet, JSONL, CSV or JSON, by suffix
 faults = Faults("pool.jsonl")
 faults.add("answer is empty", row=3)                 # rows count from 1; in JSONL they are line numbers
 faults.check()                                       # raises one DataError with a line a fault
 """
 
+import csv
+import gzip
+import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,15 @@ from cropi_core.errors import ConfigError, DataError
 
 JSONL = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
+SUFFIXES = {
+    **dict.fromkeys(PARQUET, "parquet"),
+    **dict.fromkeys(JSONL, "jsonl"),
+    ".csv": "csv",
+    ".json": "json",
+}
+"""Format by suffix; all but Parquet may be compressed (``.jsonl.gz``)."""
+MOST_TEXT = 4 << 30
+"""Bytes of a text file, decompressed: a few kilobytes of gzip can stand for more than the memory holds."""
 SHOWN_ROWS = 5
 
 
@@ -65,17 +78,45 @@ def _places(rows: list[int]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a Parquet or JSONL file as dictionaries, one a row.
+    """Read a Parquet, JSONL, CSV or JSON file as dictionaries, one a row; what a CSV file holds are texts.
 
     Raises:
-        ConfigError: The suffix is of neither format, or there is no such file.
-        DataError: The file cannot be read; every broken JSONL line is named.
+        ConfigError: The suffix is of none of these formats, or there is no such file.
+        DataError: The file cannot be read; every broken line is named.
     """
-    return read_jsonl(path) if check_suffix(path) == "jsonl" else read_parquet(path).to_pylist()
+    match table_format(path):
+        case "parquet":
+            return read_parquet(path).to_pylist()
+        case "csv":
+            return read_csv(path)
+        case "json":
+            return read_json(path)
+        case _:
+            return read_jsonl(path)
+
+
+def table_format(path: Path) -> str:
+    """Say by its suffix what a file is: ``parquet``, ``jsonl``, ``csv`` or ``json``.
+
+    Raises:
+        ConfigError: The suffix is of none of these formats, or there is no such file.
+    """
+    packed = path.suffix == ".gz"
+    found = SUFFIXES.get(Path(path.stem).suffix if packed else path.suffix)
+    if found is None or (packed and found == "parquet"):
+        raise ConfigError(
+            f"{path}: tables are read from {', '.join(SUFFIXES)}, the texts also with .gz, not from "
+            f"{''.join(path.suffixes[-2:] if packed else path.suffixes[-1:])!r}"
+        )
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is no file; relative paths are taken from the current directory {Path.cwd()}"
+        )
+    return found
 
 
 def check_suffix(path: Path) -> str:
-    """Say whether a file is ``jsonl`` or ``parquet``.
+    """Say whether a file is ``jsonl`` or ``parquet``, for tables whose types a CSV file would lose.
 
     Raises:
         ConfigError: The suffix is of neither format, or there is no such file.
@@ -84,11 +125,70 @@ def check_suffix(path: Path) -> str:
         raise ConfigError(
             f"{path}: tables are read from {', '.join(JSONL + PARQUET)}, not from {path.suffix!r}"
         )
-    if not path.is_file():
-        raise ConfigError(
-            f"{path} is no file; relative paths are taken from the current directory {Path.cwd()}"
+    return table_format(path)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, decompressed if it ends in ``.gz``, without a byte order mark.
+
+    Raises:
+        DataError: It is no UTF-8, no gzip file, or larger than ``MOST_TEXT``.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MOST_TEXT + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if len(data) > MOST_TEXT:
+        raise DataError(
+            f"{path} holds more than {MOST_TEXT >> 30} GB of text; split it, or convert it to Parquet"
         )
-    return "jsonl" if path.suffix in JSONL else "parquet"
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Read a CSV file as RFC 4180 has it: comma, double quotes, a header; every value is a text.
+
+    Raises:
+        DataError: A header without names or with one twice, or rows with more or fewer values than it; rows are
+            counted from 1 after the header.
+    """
+    csv.field_size_limit(
+        MOST_TEXT
+    )  # of the module: 131,072 by default, fewer than a long problem with its solution
+    faults, rows = Faults(str(path)), []
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if not header or not all(name.strip() for name in header) or len(set(header)) < len(header):
+            raise DataError(f"{path}: the first line must name each column once, and is {header!r}"[:400])
+        for number, values in enumerate(reader, 1):
+            if len(values) == len(header):
+                rows.append(dict(zip(header, values, strict=True)))
+            elif values:  # an empty line is no row
+                faults.add(f"not {len(header)} values, as the header has", number)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV, line {reader.line_num}: {error}") from error
+    faults.check()
+    return rows
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON file that holds one list of objects.
+
+    Raises:
+        DataError: It holds something else.
+    """
+    try:
+        rows = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({error}); one object a line is called .jsonl") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds no list of objects")
+    return rows
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -123,10 +223,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: Lines that are no JSON objects, all named by number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from error
+    lines = read_text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     rows, faults = [], Faults(str(path))

@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, Vllm, WorldSource
+from data_schemas.presets import PRESETS
 from data_schemas.study import Arm, Bootstrap, Study, World
 
 HEADER = """# Configuration
@@ -41,7 +42,29 @@ def reference() -> str:
         ("`bootstrap` of a study", Bootstrap),
     ]:
         parts.append(_table(title, model))
-    return "\n".join(parts)
+    return "\n".join([*parts, _presets()])
+
+
+def _presets() -> str:
+    """Return the table of presets of table sources."""
+    lines = [
+        "\n## Presets of a table source (`preset`)\n",
+        "Where each layout is stated is in `data_schemas/presets.py`; how to use them in [data.md](data.md).",
+        "",
+        "| preset | what | hub dataset | columns | other fields | licence as published |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, preset in PRESETS.items():
+        columns = ", ".join(f"{role}: {_several(names)}" for role, names in preset.columns.items())
+        rest = ", ".join(f"{field}: `{value}`" for field, value in preset.rest.items())
+        named = [f"{field}: `{value}`" for field, value in preset.hub.items() if field != "path"]
+        hub = ", ".join([f"`{preset.hub['path']}`", *named]) if preset.hub else ""
+        lines.append(f"| `{name}` | {preset.about} | {hub} | {columns} | {rest} | {preset.licence} |")
+    return "\n".join(lines)
+
+
+def _several(names: str | tuple[str, ...]) -> str:
+    return " or ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))
 
 
 def _table(title: str, model: type[BaseModel], *, top: bool = False) -> str:
@@ -83,6 +106,8 @@ def _kind(annotation: Any) -> str:
         return " | ".join(f"`{v}`" for v in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " | ".join(_kind(a) for a in get_args(annotation))
+    if origin is tuple:
+        return f"list of {_kind(get_args(annotation)[0])}"
     if origin is dict:
         return " → ".join(_kind(a) for a in get_args(annotation))
     if annotation is type(None):

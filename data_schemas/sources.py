@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_schemas.presets import PresetName, filled
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 
@@ -47,13 +49,25 @@ class PolicySource(Section):
     )
 
 
-class Columns(Section):
-    """Where a foreign table keeps what a prompt needs."""
+Column = str | tuple[str, ...]
+"""A column's name, or several of which the first there is taken. A dot leads into a nested one."""
 
-    prompt: str = "question"
-    answer: str = "answer"
-    prompt_id: str | None = Field(default=None, description="Unique id; made from the content when absent.")
-    level: str | None = None
+
+class Columns(Section):
+    """Where a foreign table keeps what a prompt needs; `a.b` is a field of the column `a`, a list is alternatives."""
+
+    prompt: Column = Field(default="question", description="A text, or messages of `role` and `content`.")
+    answer: Column = "answer"
+    prompt_id: Column | None = Field(
+        default=None, description="Unique id; made from the content when absent."
+    )
+    level: Column | None = None
+    source: Column | None = Field(
+        default=None, description="Column of the `source` column, where `source` itself is not set."
+    )
+    tags: tuple[str, ...] = Field(
+        default=(), description="Columns kept as tags, `index=7`, in rows that have them."
+    )
 
 
 class WorldSource(Section):
@@ -65,19 +79,33 @@ class WorldSource(Section):
 
 
 class TableSource(Section):
-    """Prompts of a file (Parquet, JSONL) or of a hub dataset."""
+    """Prompts of a file (Parquet, JSONL, CSV, JSON) or of a hub dataset."""
 
     kind: Literal["file", "hub"]
-    path: str = Field(description="File path, or hub dataset id.")
+    preset: PresetName | None = Field(
+        default=None, description="Fills in what is left out here, for a known dataset or format (data.md)."
+    )
+    path: str = Field(description="File path, or hub dataset id; the preset of a hub dataset has one.")
     subset: str | None = Field(default=None, description="Hub dataset configuration name.")
     split: str = Field(default="train", description="Hub split.")
     revision: str | None = None
     columns: Columns | None = Field(
         default=None, description="Leave out for a table in the `prompts` format."
     )
-    answer_pattern: str | None = Field(default=None, description="Regular expression; group 1 is the answer.")
-    system: str | None = Field(default=None, description="System message put before the prompt.")
-    template: str = Field(default="{prompt}", description="User message; `{prompt}` stands for the column.")
+    answer_pattern: str | None = Field(
+        default=None,
+        description="Regular expression, whose group 1 is the answer; `boxed`: what the last `\\boxed{}` holds.",
+    )
+    unanswered: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="Rows without an answer, or none that `answer_pattern` finds: an error, or left out and counted.",
+    )
+    system: str | None = Field(
+        default=None, description="System message put before the prompt, in place of one it has."
+    )
+    template: str = Field(
+        default="{prompt}", description="User message; `{prompt}` stands for the column, or its last turn."
+    )
     verifier: Literal["exact", "numeric", "math"] = "math"
     source: Name | None = Field(default=None, description="Value of the `source` column.")
     limit: int | None = Field(
@@ -87,6 +115,17 @@ class TableSource(Section):
     skip: int = Field(
         default=0, ge=0, description="Rows of the drawn order to leave out first: makes disjoint draws."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Put a preset's fields where the configuration has none."""
+        if not isinstance(given, dict):
+            return given
+        columns = given.get("columns")
+        if isinstance(columns, BaseModel):
+            given = given | {"columns": columns.model_dump(exclude_unset=True)}
+        return filled(given)
 
 
 Source = Annotated[WorldSource | TableSource, Field(discriminator="kind")]

@@ -179,9 +179,9 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path):
 def test_files_that_cannot_be_read_say_so(tmp_path):
     with pytest.raises(ConfigError, match="no file"):
         load_source(source(tmp_path / "none.jsonl"), "pool", None)
-    (tmp_path / "a.csv").write_text("question,answer\n")
-    with pytest.raises(ConfigError, match=r"\.csv"):
-        load_source(source(tmp_path / "a.csv"), "pool", None)
+    (tmp_path / "a.xlsx").write_text("question,answer\n")
+    with pytest.raises(ConfigError, match=r"\.xlsx"):
+        load_source(source(tmp_path / "a.xlsx"), "pool", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="Parquet"):
         load_source(source(tmp_path / "a.parquet"), "pool", None)
