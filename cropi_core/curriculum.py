@@ -296,6 +296,9 @@ class Curriculum:
         inputs = {"policy": start, "prompts": sets["pool"], "selection": selection}
         if config.training.beta > 0:
             inputs["reference"] = base if config.training.reference == "base" else start
+        lora = config.training.lora
+        if lora and lora.carry == "adapter" and start != base:
+            inputs["base"] = base
         settings = {
             **self._model_settings(),
             "training": config.training.for_key(),

@@ -1,4 +1,4 @@
-"""The bridge to TRL's GRPO trainer: settings in, callbacks out, and nothing that leaves the machine.
+"""The bridge to TRL's GRPO trainer: what it calls back for, and nothing that leaves the machine.
 
 TRL computes advantages, loss and optimizer steps. It gets its completions and rewards from a :class:`Stage`
 and is followed by a :class:`Watch`.
@@ -15,17 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from cropi_core.checkpoint import checkpoint_files
 from cropi_core.counter import key64
 from cropi_core.errors import ConfigError
-from cropi_core.policy import pick_device, render
+from cropi_core.policy import render
+from cropi_core.processes import ALONE, Processes
 from cropi_core.progress import Progress, Report
-from cropi_core.sampling import sample
+from cropi_core.sampling import Completion, sample
 from cropi_core.store import write_atomic
 from cropi_core.training_metrics import TrainingError, check_finite
 from cropi_core.verifiers import Verifier
-from data_schemas.config import Objective, Runtime, Training
+from data_schemas.config import Training
 
 try:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.models import unwrap_model_for_generation
 except ImportError as error:
     raise ConfigError(
         f"training needs TRL ({error}); install it with `pip install 'cropi[train]'`"
@@ -33,9 +35,6 @@ except ImportError as error:
 
 MARKER = "whole.json"
 """Written last into a checkpoint of the stage's scratch directory: the names and sizes of its files."""
-
-RECOMPUTE_FROM = 50_000_000
-"""Parameters from which the backward recomputes activations: less memory, a third more time."""
 
 
 class Stage:
@@ -53,9 +52,11 @@ class Stage:
         training: Training,
         seed: int,
         generation_rows: int,
+        processes: Processes = ALONE,
     ) -> None:
         self.tokenizer = tokenizer
         self.batches = batches
+        self.processes = processes
         self.verifier = verifier
         self.training = training
         self.seed = seed
@@ -71,7 +72,7 @@ class Stage:
         return render(self.tokenizer, row["messages"])
 
     def rollout(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[list[Any]]]:
-        """Sample the completions of one generation batch (TRL's ``rollout_func``).
+        """Sample this process's completions of one generation batch (TRL's ``rollout_func``).
 
         Args:
             prompts: Prompt ids, each ``samples`` times in a row.
@@ -81,39 +82,64 @@ class Stage:
             TrainingError: TRL asks for other prompts than this step's, or the policy's logits are not
                 finite.
         """
-        sampling, step = self.training.sampling, trainer.state.global_step
+        samples, step = self.training.sampling.samples, trainer.state.global_step
         number = step // self.training.iterations
-        wanted = [row["prompt_id"] for row in self.batches[number] for _ in range(sampling.samples)]
-        if prompts != wanted:
+        rows = self.processes.share(self.batches[number])
+        if prompts != [row["prompt_id"] for row in rows for _ in range(samples)]:
             raise TrainingError(
                 f"step {step + 1}: the trainer's prompts are not those of generation batch {number}"
             )
-        model = cast(PreTrainedModel, trainer.model)
-        ids = [(row["prompt_id"], self.prompt_tokens(row)) for row in self.batches[number]]
-        model.eval()  # else gradient checkpointing would switch the key-value cache off
-        try:
-            groups = sample(
-                model,
-                self.tokenizer,
-                ids,
-                sampling,
-                seed=key64("training", self.seed, number),
-                rows=self.generation_rows,
+        ids = [(row["prompt_id"], self.prompt_tokens(row)) for row in rows]
+        repeated = [list(tokens) for _, tokens in ids for _ in range(samples)]
+        if self.training.engine == "vllm":
+            _, tokens, logprobs, _ = trainer.vllm_generation.generate(
+                prompts=repeated, images=None, num_generations=samples
             )
-        except (RuntimeError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or _finite_logits(model, ids[0][1]):
-                raise
-            raise TrainingError(
-                f"step {step + 1}: the policy's logits are not finite after step {step}; lower "
-                f"training.learning_rate={self.training.learning_rate}"
-            ) from error
-        finally:
-            model.train()
+            return {
+                "prompt_ids": repeated,
+                "completion_ids": tokens,
+                "logprobs": [[one[0] for one in completion] for completion in logprobs],
+            }
+        groups = self._sample(ids, trainer, number)
         return {
-            "prompt_ids": [list(tokens) for _, tokens in ids for _ in range(sampling.samples)],
+            "prompt_ids": repeated,
             "completion_ids": [c.ids for group in groups for c in group],
             "logprobs": [c.logprobs for group in groups for c in group],
         }
+
+    def _sample(
+        self, ids: list[tuple[str, list[int]]], trainer: GRPOTrainer, number: int
+    ) -> list[list[Completion]]:
+        """Sample by the policy that is trained, wherever its weights are."""
+        step = trainer.state.global_step
+        gathered = unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gradient_checkpointing_kwargs=cast(Any, trainer.args.gradient_checkpointing_kwargs),
+        )
+        # Of weights in shards (FSDP) every process goes through every layer as often as the others; transformers sees
+        # to it, and asks for as many calls of each.
+        with gathered as unwrapped, trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
+            model = cast(PreTrainedModel, unwrapped)
+            model.eval()  # else gradient checkpointing would switch the key-value cache off
+            try:
+                return sample(
+                    model,
+                    self.tokenizer,
+                    ids,
+                    self.training.sampling,
+                    seed=key64("training", self.seed, number),
+                    rows=self.generation_rows,
+                )
+            except (RuntimeError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or _finite_logits(model, ids[0][1]):
+                    raise
+                raise TrainingError(
+                    f"step {step + 1}: the policy's logits are not finite after step {step}; lower "
+                    f"training.learning_rate={self.training.learning_rate}"
+                ) from error
+            finally:
+                model.train()
 
     def reward(
         self, prompts: list[str], completions: list[str], log_metric: Any, **_: Any
@@ -165,7 +191,11 @@ class Watch(TrainerCallback):
         self.report(Progress(state.global_step, self.total, "step", note))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint as whole."""
+        """Mark the checkpoint as whole, once every process has written its part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if not state.is_world_process_zero:
+            return
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_atomic(directory / MARKER, json.dumps(file_sizes(directory)))
 
@@ -189,80 +219,8 @@ def file_sizes(directory: Path) -> dict[str, int]:
     }
 
 
-def trainer_arguments(
-    training: Training,
-    objective: Objective,
-    dtype: str,
-    seed: int,
-    runtime: Runtime,
-    scratch: Path,
-    parameters: int,
-) -> GRPOConfig:
-    """Translate a stage's settings into TRL's.
-
-    One optimizer step takes exactly ``prompts_per_step * samples`` completions; the micro-batch is the
-    largest divisor of that number within ``runtime.train_micro_batch``. ``bnpo`` is TRL's ``dapo`` here:
-    over the whole step both are the mean over tokens, but TRL's ``bnpo`` is that of a micro-batch, on which
-    no result may depend.
-
-    References:
-        TRL 1.16, trl/trainer/grpo_config.py and GRPOTrainer._compute_loss.
-    """
-    completions = training.prompts_per_step * training.sampling.samples
-    micro = max(d for d in range(1, min(runtime.train_micro_batch, completions) + 1) if completions % d == 0)
-    # "constant" ignores warm-up.
-    schedule = "constant_with_warmup" if training.schedule == "constant" else training.schedule
-    arguments = GRPOConfig(
-        output_dir=str(scratch),
-        max_steps=training.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=completions // micro,
-        num_generations=training.sampling.samples,
-        num_iterations=training.iterations,
-        max_completion_length=training.sampling.max_new_tokens,
-        temperature=training.sampling.temperature,
-        top_p=training.sampling.top_p,
-        loss_type="dapo" if objective.loss_type == "bnpo" else objective.loss_type,
-        scale_rewards="group" if objective.scale_rewards else "none",
-        epsilon=objective.clip_epsilon,
-        beta=training.beta,
-        mask_truncated_completions=False,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=training.warmup_steps,
-        optim="adamw_torch",
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        disable_dropout=True,  # the scores are of the policy without it
-        gradient_checkpointing=parameters >= RECOMPUTE_FROM,
-        bf16=dtype == "bfloat16",
-        use_cpu=pick_device(runtime.device).type == "cpu",
-        seed=seed,
-        data_seed=seed,
-        shuffle_dataset=False,  # the order is ours
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        save_strategy="steps",
-        # Between the passes over completions these are in memory only: save where they are used up.
-        save_steps=-(-runtime.save_steps // training.iterations) * training.iterations,
-        save_total_limit=2,  # the older one stays until the newer one has its marker
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # else a NaN loss is logged as 0
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        model_init_kwargs={"device_map": None},  # of the reference; TRL would spread it over all GPUs
-        trust_remote_code=False,
-        push_to_hub=False,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the trainer wraps the model in DataParallel, which TRL refuses
-    return arguments
-
-
 def build_trainer(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     arguments: GRPOConfig,
     stage: Stage,
@@ -272,18 +230,18 @@ def build_trainer(
     """Build TRL's trainer around a stage.
 
     TRL loads the KL reference from the path that the policy's configuration names as its origin; that path
-    is set to the reference asked for.
+    is set to the reference asked for. With an adapter it keeps a copy of that as it is at the start.
 
     Raises:
         ConfigError: A KL term without a reference.
     """
-    if arguments.beta > 0:
+    if arguments.beta > 0 and isinstance(model, PreTrainedModel):
         if reference is None:
             raise ConfigError(f"training.beta={arguments.beta} needs a reference policy, none was given")
         checkpoint_files(reference)
         model.config._name_or_path = str(reference)
     trainer = QuietTrainer(
-        model=model,
+        model=cast(PreTrainedModel, model),  # or PEFT's wrapping of one
         reward_funcs=stage.reward,
         args=arguments,
         train_dataset=stage.dataset(),

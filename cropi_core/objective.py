@@ -69,20 +69,29 @@ def length_scale(lengths: Tensor, loss_type: str, max_new_tokens: int) -> Tensor
 
     Args:
         lengths: (G,) tokens of each completion.
-        loss_type: ``grpo`` 1/(G |y_i|); ``dapo`` and ``bnpo`` 1/Σ|y|; ``dr_grpo`` 1/(G L_max).
+        loss_type: ``grpo`` and ``sapo`` 1/(G |y_i|); ``dapo``, ``bnpo``, ``cispo`` and ``vespo`` 1/Σ|y|; ``dr_grpo``
+            1/(G L_max); ``luspo`` 1/G.
         max_new_tokens: L_max.
 
     Raises:
         ConfigError: The loss type is unknown.
+
+    References:
+        TRL 1.16, GRPOTrainer._compute_loss: the types differ in this and in what they do with ratios other than 1. A
+        test holds every type's gradient against TRL's own.
     """
     lengths = lengths.to(torch.float64)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         return 1.0 / (len(lengths) * lengths)
-    if loss_type in ("dapo", "bnpo"):
+    if loss_type in ("dapo", "bnpo", "cispo", "vespo"):
         return torch.full_like(lengths, 1.0 / float(lengths.sum()))
     if loss_type == "dr_grpo":
         return torch.full_like(lengths, 1.0 / (len(lengths) * max_new_tokens))
-    raise ConfigError(f"objective.loss_type={loss_type!r} is unknown; there are grpo, bnpo, dapo, dr_grpo")
+    if loss_type == "luspo":
+        return torch.full_like(lengths, 1.0 / len(lengths))
+    raise ConfigError(
+        f"objective.loss_type={loss_type!r} is unknown; there are grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo, luspo"
+    )
 
 
 def importance_ratio(log_ratio: Tensor, mask: Tensor, kind: str, cap: float) -> Tensor:

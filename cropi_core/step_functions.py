@@ -168,27 +168,34 @@ def selection_step(work: Work) -> dict[str, Any]:
 
 def training_step(work: Work) -> dict[str, Any]:
     """Train one GRPO stage on the selected prompts."""
+    settings = work.spec.settings
+    reference, base = work.inputs.get("reference"), work.inputs.get("base")
+    arguments = {
+        "policy": work.inputs["policy"] / CHECKPOINT,
+        "reference": reference / CHECKPOINT if reference else None,
+        "prompts": work.inputs["prompts"] / PROMPTS_FILE,
+        "selection": work.inputs["selection"] / SELECTION_FILE,
+        "out": work.out / CHECKPOINT,
+        "metrics": work.out / METRICS_FILE,
+        "scratch": work.out / SCRATCH,
+        "training": Training.model_validate(settings["training"]),
+        "objective": Objective.model_validate(settings["objective"]),
+        "grading": Grading.model_validate(settings["grading"]),
+        "dtype": settings["dtype"],
+        "seed": settings["seed"],
+        "runtime": work.runtime,
+        "keep_scratch": True,  # until the manifest is there
+        "base": base / CHECKPOINT if base else None,
+        "logs": work.logs,
+        "name": work.spec.slot,
+    }
+    if work.runtime.launch:
+        from cropi_core.launch import launched
+
+        return launched(arguments, work.runtime, work.report, work.logs)
     from cropi_core.training import train
 
-    settings = work.spec.settings
-    reference = work.inputs.get("reference")
-    return train(
-        policy=work.inputs["policy"] / CHECKPOINT,
-        reference=reference / CHECKPOINT if reference else None,
-        prompts=work.inputs["prompts"] / PROMPTS_FILE,
-        selection=work.inputs["selection"] / SELECTION_FILE,
-        out=work.out / CHECKPOINT,
-        metrics=work.out / METRICS_FILE,
-        scratch=work.out / SCRATCH,
-        training=Training.model_validate(settings["training"]),
-        objective=Objective.model_validate(settings["objective"]),
-        grading=Grading.model_validate(settings["grading"]),
-        dtype=settings["dtype"],
-        seed=settings["seed"],
-        runtime=work.runtime,
-        report=work.report,
-        keep_scratch=True,  # until the manifest is there
-    )
+    return train(**arguments, report=work.report)
 
 
 def evaluation_step(work: Work) -> dict[str, Any]:

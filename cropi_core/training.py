@@ -14,9 +14,10 @@ apart, and updates of 1e-6 would be lost. ``dtype`` is what the forward computes
 import copy
 import json
 import logging
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,16 @@ from transformers.utils import logging as transformers_logging
 
 from cropi_core.checkpoint import checkpoint_files
 from cropi_core.errors import ConfigError, DataError, SelectionError
-from cropi_core.grpo import (
-    MARKER,
-    Stage,
-    Watch,
-    build_trainer,
-    file_sizes,
-    trainer_arguments,
-)
+from cropi_core.grpo import MARKER, Stage, Watch, build_trainer, file_sizes
+from cropi_core.lora import ADAPTER, attach, merged, save_adapter
 from cropi_core.moments import save_moments, second_moments
 from cropi_core.policy import load_policy, pick_device
-from cropi_core.progress import Report
+from cropi_core.processes import Processes
+from cropi_core.progress import Report, silent
 from cropi_core.prompts import read_prompts
 from cropi_core.tables import read_parquet, write_parquet
 from cropi_core.training_metrics import TrainingError, metrics_table, reward_summary, token_counts
+from cropi_core.trl_arguments import trainer_arguments
 from cropi_core.verifiers import Verifier
 from data_schemas.config import Grading, Objective, Runtime, Training
 
@@ -63,8 +60,13 @@ def train(
     runtime: Runtime,
     report: Report,
     keep_scratch: bool = False,
+    base: Path | None = None,
+    logs: Path | None = None,
+    name: str = "stage",
 ) -> dict[str, Any]:
     """Train one stage, going on from the last whole checkpoint in ``scratch``.
+
+    Several processes that ``accelerate launch`` started call this alike; the first writes what is common to all.
 
     Args:
         policy: Checkpoint directory the stage starts from.
@@ -82,6 +84,10 @@ def train(
         runtime: Device, threads, micro-batch, checkpoint interval.
         report: Told every optimizer step.
         keep_scratch: Leave ``scratch`` to the caller, who has more to do before a stop may cost nothing.
+        base: Checkpoint below the adapter that ``policy`` was trained with, to train that adapter on
+            (``training.lora.carry: adapter``).
+        logs: Directory for the files of trackers.
+        name: What trackers call the stage.
 
     Returns:
         Summary: steps, completions, their tokens, tokens of forward and backward (prompts included, once a
@@ -95,35 +101,54 @@ def train(
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    device = first_gpu(runtime.device)
+    processes = Processes.launched()
+    # The launcher's processes have a GPU each, which the trainer finds.
+    device = first_gpu(runtime.device) if processes.count == 1 else "cpu"
     rows = selected_rows(prompts, selection, training.prompts_per_step)
     batches = -(-training.steps // training.iterations)
     order = [
         [rows[i] for i in batch] for batch in stage_order(len(rows), training.prompts_per_step, batches, seed)
     ]
     start = last_whole(scratch)
-    watch = Watch(training.steps, report)
+    watch = Watch(training.steps, report if processes.rank == 0 else silent)
+    below = base or policy
     with quiet(), Verifier(timeout=grading.timeout_s, memory_mb=grading.memory_mb) as verifier:
-        model, tokenizer = load_policy(policy, "float32", str(device))
+        model, tokenizer = load_policy(below, "float32", str(device))
         original = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
         arguments = trainer_arguments(
-            training, objective, dtype, seed, runtime, scratch, model.num_parameters()
+            training, objective, dtype, seed, runtime, scratch, model.num_parameters(), processes
         )
-        stage = Stage(tokenizer, order, verifier, training, seed, runtime.generation_rows)
-        trainer = build_trainer(model, tokenizer, arguments, stage, watch, reference)
-        try:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise TrainingError(
-                f"out of memory after step {trainer.state.global_step} ({error}): lower "
-                f"runtime.train_micro_batch={runtime.train_micro_batch} or runtime.generation_rows="
-                f"{runtime.generation_rows}, which change no result, and run the same command again"
-            ) from error
-        model.config, model.generation_config = original  # TRL wrote its pad token and a path into them
-        save_trained(model, policy, out)
-        if training.second_moments:
-            assert isinstance(trainer.optimizer, torch.optim.Optimizer)
-            save_moments(second_moments(model, trainer.optimizer), out)
+        arguments.run_name = arguments.run_name or name
+        stage = Stage(tokenizer, order, verifier, training, seed, runtime.generation_rows, processes)
+        trained = model
+        if training.lora:
+            trained = attach(model, training.lora, policy / ADAPTER if base else None, seed)
+        with tracker_files(logs):
+            trainer = build_trainer(trained, tokenizer, arguments, stage, watch, reference)
+            try:
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise TrainingError(
+                    f"out of memory after step {trainer.state.global_step} ({error}): lower "
+                    f"runtime.train_micro_batch={runtime.train_micro_batch} or runtime.generation_rows="
+                    f"{runtime.generation_rows}, which change no result, and run the same command again"
+                ) from error
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes
+        if processes.rank == 0:
+            if training.lora:
+                save_adapter(trained, state, scratch / ADAPTER)
+                save_trained(merged(below, scratch / ADAPTER), below, out)
+                (scratch / ADAPTER).rename(out / ADAPTER)
+            else:
+                model.config, model.generation_config = (
+                    original  # TRL wrote its pad token and a path into them
+                )
+                save_trained(model, policy, out, state)
+            if training.second_moments:
+                assert isinstance(trainer.optimizer, torch.optim.Optimizer)
+                save_moments(second_moments(model, trainer.optimizer), out)
+    if processes.rank:
+        return {}
     table = metrics_table(trainer.state.log_history)
     write_parquet(table, metrics)
     per_step = training.prompts_per_step * training.sampling.samples
@@ -216,10 +241,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def save_trained(model: PreTrainedModel, start: Path, out: Path) -> None:
-    """Write the trained weights and configuration; copy the start policy's tokenizer files."""
+def save_trained(
+    model: PreTrainedModel, start: Path, out: Path, state: Mapping[str, Any] | None = None
+) -> None:
+    """Write the trained weights and configuration; copy the start policy's tokenizer files.
+
+    Args:
+        model: The policy.
+        start: Checkpoint directory it came from.
+        out: Directory, written anew.
+        state: Its weights, where the model itself has a part of them only.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out)
+    model.save_pretrained(out, state_dict=None if state is None else dict(state))
     for path in checkpoint_files(start):
         written = path.name in ("config.json", "generation_config.json")
         if not written and not path.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -235,6 +269,22 @@ def first_gpu(device: str) -> torch.device:
             f"CUDA_VISIBLE_DEVICES={chosen.index} and runtime.device=cuda"
         )
     return chosen
+
+
+@contextmanager
+def tracker_files(logs: Path | None) -> Iterator[None]:
+    """Have trackers write below ``logs``, unless the environment says where."""
+    if logs is None:
+        yield
+        return
+    places = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "wandb", "TRACKIO_DIR": "trackio"}
+    own = {name: str(logs / place) for name, place in places.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
 
 
 @contextmanager

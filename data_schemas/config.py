@@ -21,12 +21,15 @@ from data_schemas.sources import (
     TableSource,
     WorldSource,
 )
+from data_schemas.training import Launch, Lora, Sampling, Training
+from data_schemas.training import contradictions as training_contradictions
+from data_schemas.trl import TrlRuntime, TrlTraining
 from data_schemas.vllm import Engine, Vllm
 from data_schemas.vllm import contradictions as vllm_contradictions
 
 Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm"]
 Fusion = Literal["rrf", "max", "mean", "quota"]
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
 Ratio = Literal["none", "token", "token_clip", "sequence", "sequence_truncated"]
 
 __all__ = [
@@ -35,23 +38,20 @@ __all__ = [
     "Data",
     "Diagnostics",
     "Engine",
+    "Launch",
+    "Lora",
     "Name",
     "PolicySource",
+    "Sampling",
     "Section",
     "Source",
     "TableSource",
+    "Training",
+    "TrlRuntime",
+    "TrlTraining",
     "Vllm",
     "WorldSource",
 ]
-
-
-class Sampling(Section):
-    """A sampling distribution; the behaviour log-probabilities are those of exactly this distribution."""
-
-    samples: int = Field(default=8, ge=1, le=1024, description="Completions a prompt.")
-    temperature: float = Field(default=1.0, gt=0, le=10)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int = Field(default=16, ge=1, le=131072)
 
 
 class Rollouts(Section):
@@ -153,33 +153,6 @@ class Selection(Section):
     pass_rate_target: float = Field(default=0.5, ge=0, le=1)
 
 
-class Training(Section):
-    """A GRPO stage. What a stage starts from and what it carries over is said here, nowhere else."""
-
-    steps: int = Field(default=20, ge=1, description="Optimizer steps a stage.")
-    prompts_per_step: int = Field(default=32, ge=1)
-    sampling: Sampling = Sampling()
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="Of the stage.")
-    warmup_steps: int = Field(default=0, ge=0)
-    optimizer: Literal["adamw"] = "adamw"
-    optimizer_state: Literal["fresh"] = Field(
-        default="fresh", description="Moments start at zero every stage."
-    )
-    second_moments: bool = Field(
-        default=False,
-        description="Keep Adam's second moments with the policy; `projection.preconditioner: adam` needs them.",
-    )
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.0, ge=0, description="Weight of the KL to the reference.")
-    reference: Literal["stage_start", "base"] = Field(
-        default="stage_start", description="KL reference policy."
-    )
-    start: Literal["previous", "base"] = Field(default="previous", description="Weights a stage starts from.")
-    iterations: int = Field(default=1, ge=1, description="Optimizer passes over a generation batch.")
-
-
 class Evaluation(Section):
     """Accuracy on validation and test sets, before the first stage and after each."""
 
@@ -221,7 +194,20 @@ class Runtime(Section):
     workers: int = Field(default=1, ge=1, description="Processes computing gradient shards.")
     ray: Ray | None = Field(default=None, description="Gradient shards on a Ray cluster instead.")
     vllm: Vllm = Field(default=Vllm(), description="Servers of vLLM.")
-    train_micro_batch: int = Field(default=64, ge=1, description="Completions in one training forward.")
+    train_micro_batch: int = Field(
+        default=64, ge=1, description="Completions in one training forward, of each process."
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="Recompute activations in the backward; empty: from 50 million parameters on.",
+    )
+    trl: TrlRuntime = Field(default=TrlRuntime(), description="Further fields of TRL's GRPOConfig.")
+    launch: Launch | None = Field(
+        default=None, description="Several training processes, by `accelerate launch`."
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Trackers that a training stage reports to."
+    )
     save_steps: int = Field(default=5, ge=1, description="Training steps between checkpoints inside a stage.")
 
 
@@ -264,18 +250,10 @@ class Config(Section):
                 f"gradients.rows_per_shard={self.gradients.rows_per_shard} is no multiple of "
                 f"gradients.block_rows={self.gradients.block_rows}"
             )
-        if self.training.sampling.samples < 2:
-            faults.append("training.sampling.samples=1: a group of one has no advantage; take 2 or more")
         if self.rollouts.pool.samples < self.objective.min_gradable and self.needs_rollouts:
             faults.append(
                 f"rollouts.pool.samples={self.rollouts.pool.samples} is below "
                 f"objective.min_gradable={self.objective.min_gradable}: no prompt could have a gradient"
-            )
-        if self.training.reference == "base" and self.training.beta == 0:
-            faults.append("training.reference=base has no effect with training.beta=0; set beta or drop it")
-        if self.training.warmup_steps > self.training.steps:
-            faults.append(
-                f"training.warmup_steps={self.training.warmup_steps} exceeds training.steps={self.training.steps}"
             )
         if self.selection.strategy == "full" and self.selection.ratio != 1.0:
             faults.append(f"selection.strategy=full takes everything; ratio={self.selection.ratio} must be 1")
@@ -297,6 +275,7 @@ class Config(Section):
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "
                 f"diagnostics.spot_check={self.diagnostics.spot_check}: a correlation takes 3 prompts, better 100"
             )
+        faults += training_contradictions(self)
         return faults + self._wrong_names() + self._wrong_ray() + vllm_contradictions(self)
 
     def _wrong_names(self) -> list[str]:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import httpx
 
+from cropi_core import guard
 from cropi_core.errors import ServerError
 from cropi_core.loopback import free_port
-from cropi_core.vllm import guard
 from cropi_core.vllm.interpreter import find_interpreter, is_cpu_build
 from data_schemas.vllm import Vllm
 

@@ -29,6 +29,7 @@ from cropi_core.policy import load_policy, render
 from cropi_core.progress import Progress
 from cropi_core.training import last_whole, selected_rows, stage_order, train
 from cropi_core.training_metrics import METRICS, TrainingError, metrics_table, reward_summary
+from cropi_core.trl_arguments import trainer_arguments
 from data_schemas.arrow import PROMPTS, SELECTION
 from data_schemas.config import Grading, Objective, Runtime, Sampling, Training
 
@@ -172,7 +173,7 @@ def test_only_the_selected_rows_are_read_and_a_short_subset_says_what_to_do(work
 def test_one_optimizer_step_is_exactly_the_prompts_times_the_samples(tmp_path: Path, micro, expected):
     settings = Training(prompts_per_step=3, sampling=Sampling(samples=8))
     runtime = Runtime(device="cpu", train_micro_batch=micro)
-    arguments = grpo.trainer_arguments(settings, Objective(), "float32", 0, runtime, tmp_path, 1000)
+    arguments = trainer_arguments(settings, Objective(), "float32", 0, runtime, tmp_path, 1000)
     assert arguments.per_device_train_batch_size == expected
     assert arguments.gradient_accumulation_steps * expected == 24
     assert arguments.generation_batch_size == 24
@@ -300,7 +301,7 @@ def test_generation_rows_and_micro_batches_do_not_change_what_is_sampled(workspa
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "sapo", "vespo"])
 def test_the_gradient_of_a_step_does_not_depend_on_the_micro_batch(workspace: Path, loss_type):
     one = SMALL.model_copy(update={"steps": 1})
     norms = []

@@ -17,13 +17,13 @@ from core.models import tiny_model
 from core.servers import gone, left_of
 from pydantic import ValidationError
 
+from cropi_core import guard
 from cropi_core.curriculum import curriculum
 from cropi_core.errors import ConfigError, ServerError, StepError
 from cropi_core.parity import Parity, measure, truncated_logprobs
 from cropi_core.sampling import sample
 from cropi_core.steps import run_step, step_key
 from cropi_core.store import Store
-from cropi_core.vllm import guard
 from cropi_core.vllm.client import Job, PassingError, Vocabulary, completions_of, request_body
 from cropi_core.vllm.fleet import Endpoint, Fleet
 from cropi_core.vllm.interpreter import find_interpreter, vllm_version

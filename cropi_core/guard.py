@@ -1,4 +1,4 @@
-"""The process between us and a server that we start: whatever ends us, the server ends too.
+"""The process between us and a server or launcher that we start: whatever ends us, it ends too.
 
     python -I guard.py COMMAND ...          # ends the command's process group when its standard input ends
 

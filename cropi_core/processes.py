@@ -1,0 +1,35 @@
+"""Which of several training processes this is."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        count: How many there are.
+        rank: Which one this is; 0 writes what is common to all.
+    """
+
+    count: int = 1
+    rank: int = 0
+
+    @classmethod
+    def launched(cls) -> "Processes":
+        """Read what ``accelerate launch`` tells its processes."""
+        return cls(int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")))
+
+    def share(self, batch: Sequence[T]) -> Sequence[T]:
+        """Return this process's part of a batch, contiguous as accelerate cuts it; their number divides it."""
+        size = len(batch) // self.count
+        return batch[self.rank * size : (self.rank + 1) * size]
+
+
+ALONE = Processes()
+"""The only process."""
