@@ -10,6 +10,8 @@ from pydantic_core import PydanticUndefined
 from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, Vllm, WorldSource
 from data_schemas.presets import PRESETS
 from data_schemas.study import Arm, Bootstrap, Study, World
+from data_schemas.training import Launch, Lora
+from data_schemas.trl import TrlRuntime, TrlTraining
 
 HEADER = """# Configuration
 
@@ -27,6 +29,10 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, Section):
             parts.append(_table(f"`{name}`", model))
     for title, model in [
+        ("`training.lora`", Lora),
+        ("`training.trl`", TrlTraining),
+        ("`runtime.trl`", TrlRuntime),
+        ("`runtime.launch`", Launch),
         ("`runtime.ray`", Ray),
         ("`runtime.vllm`", Vllm),
         ("A world source (`kind: world`)", WorldSource),
