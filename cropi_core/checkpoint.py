@@ -8,8 +8,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from cropi_core.content import file_sha256
 from cropi_core.errors import PolicyError
-from cropi_core.store import file_sha256
 
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """What is taken from a checkpoint: weights, configuration, tokenizer. Never ``*.bin``, ``*.pt`` or ``*.py``."""

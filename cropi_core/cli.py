@@ -132,7 +132,7 @@ def report(
     store = Store(root)
     known = list_runs(store)
     if not known:
-        raise ConfigError(f"no run under {store.root}; `cropi run` makes one, --root names another root")
+        raise ConfigError(f"no run under {store.url}; `cropi run` makes one, --root names another root")
     try:
         from cropi_core.report import write_report
     except ImportError as error:

@@ -86,7 +86,7 @@ def show(key: Key, root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
     fields = manifest.model_dump(mode="json", exclude={"files", "inputs"})
     fields["inputs"] = {name: ref.key for name, ref in manifest.inputs.items()}
     fields["files"] = f"{len(manifest.files)} files, {human_bytes(_size(manifest))}"
-    fields["path"] = str(store.path(manifest.key))
+    fields["path"] = store.where(manifest.key)
     print_summary(fields, as_json=False)
 
 
@@ -178,11 +178,10 @@ def verify(
     rows = []
     for key in [store.resolve(name) for name in keys] if keys else _directories(store):
         try:
-            faults = store.faults(key)
+            faults, moved = store.audit(key, repair=repair)
         except ArtifactError as error:
             rows.append({"key": key, "faults": [str(error)], "set_aside": None})
             continue  # of another version, not damaged: never set aside
-        moved = str(store.set_aside(key, faults)) if faults and repair else None
         rows.append({"key": key, "faults": faults, "set_aside": moved})
     damaged = [row for row in rows if row["faults"]]
     if as_json:

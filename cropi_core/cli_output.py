@@ -14,14 +14,19 @@ from cropi_core.errors import ConfigError
 from cropi_core.progress import Progress, Report, silent
 
 Root = Annotated[
-    Path, typer.Option(help="Directory of the artifacts.", envvar="CROPI_ROOT", show_default=True)
+    str,
+    typer.Option(
+        help="Directory of the artifacts, or an address such as s3://bucket/prefix.",
+        envvar="CROPI_ROOT",
+        show_default=True,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable."),
 ]
-DEFAULT_ROOT = Path(".cropi")
+DEFAULT_ROOT = ".cropi"
 
 
 def print_json(value: Any) -> None:

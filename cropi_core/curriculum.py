@@ -70,7 +70,7 @@ class Curriculum:
         for name, (split, source) in sources.items():
             settings, location = source_settings(source, split)
             sets[name] = self.run.step("prompts", f"prompts/{name}", settings, location=location)
-        check_disjoint({name: self.run.store.path(ref) for name, ref in sets.items()})
+        check_disjoint({name: self.run.store.directory(ref) for name, ref in sets.items()})
         return sets
 
     def _base_policy(self) -> ArtifactRef:

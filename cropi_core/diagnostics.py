@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cropi_core.content import write_atomic
 from cropi_core.errors import DataError
 from cropi_core.influence import fuse, order, tie_keys
 from cropi_core.prompts import read_prompts
 from cropi_core.selection import subset_size
-from cropi_core.store import write_atomic
 from cropi_core.tables import read_parquet
 from data_schemas.arrow import SCORE_FIXED
 from data_schemas.config import Scores

@@ -32,6 +32,7 @@ OPTIONAL = {
     "prefect": ("`cropi run` and deployments", "flows"),
     "fastapi": ("the Prefect server of `cropi run`", "flows"),
     "prefect-ray": ("`runtime.ray`", "ray"),
+    "s3fs": ("a root on S3", "s3"),
     "jinja2": ("`cropi report`", "report"),
     "matplotlib": ("figures of `cropi report`", "report"),
 }
@@ -47,7 +48,7 @@ class Check:
     remedy: str = ""
 
 
-def examine(root: Path) -> list[Check]:
+def examine(root: str) -> list[Check]:
     """Check interpreter, packages, devices, memory, the artifacts' root, vLLM and the embedded policy."""
     checks = [_python(), *_needed(), *_optional()]
     checks += _devices()
@@ -117,9 +118,19 @@ def _memory() -> Check:
     return Check("memory", "ok", f"{total / 1e9:.1f} GB")
 
 
-def _root(root: Path) -> list[Check]:
-    """Check the root, or the nearest directory above it that exists, for room and the right to write."""
-    place = root.expanduser().resolve()
+def _root(root: str) -> list[Check]:
+    """Check the root, or the nearest directory above it that exists, for room and the right to write.
+
+    Of an address that is its cache; then it is asked itself.
+    """
+    from cropi_core.errors import CropiError
+    from cropi_core.store import Store
+
+    try:
+        store = Store(root)
+    except CropiError as error:
+        return [Check("root", "broken", str(error), "choose another --root or CROPI_ROOT")]
+    place = store.root
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -132,8 +143,14 @@ def _root(root: Path) -> list[Check]:
     except OSError as error:
         remedy = "choose another --root or CROPI_ROOT, or make it writable"
         return [*checks, Check("root", "broken", f"{place}: {error.strerror}", remedy)]
-    found = f"{root} is writable" if root.exists() else f"{root} can be made"
-    return [*checks, Check("root", "ok", found)]
+    if store.remote is None:
+        found = f"{root} is writable" if store.root.exists() else f"{root} can be made"
+        return [*checks, Check("root", "ok", found)]
+    try:
+        count = len(store.keys())
+    except CropiError as error:
+        return [*checks, Check("root", "broken", str(error), "see docs/storage.md")]
+    return [*checks, Check("root", "ok", f"{root} answers, {count} artifacts; its cache is {store.root}")]
 
 
 def _prefect() -> Check:

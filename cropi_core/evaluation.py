@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cropi_core.content import write_atomic
 from cropi_core.engines import open_sampler
 from cropi_core.errors import DataError
 from cropi_core.progress import Progress, Report
 from cropi_core.prompts import read_prompts
 from cropi_core.rollouts import collect, list_lengths, parity_summary, read_rollouts
-from cropi_core.store import write_atomic
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import EVALUATION
 from data_schemas.config import Evaluation, Grading, Runtime

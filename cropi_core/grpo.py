@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from cropi_core.checkpoint import checkpoint_files
+from cropi_core.content import write_atomic
 from cropi_core.counter import key64
 from cropi_core.errors import ConfigError
 from cropi_core.policy import render
 from cropi_core.processes import ALONE, Processes
 from cropi_core.progress import Progress, Report
 from cropi_core.sampling import Completion, sample
-from cropi_core.store import write_atomic
 from cropi_core.training_metrics import TrainingError, check_finite
 from cropi_core.verifiers import Verifier
 from data_schemas.config import Training

@@ -204,6 +204,7 @@ def export_artifact(store: Store, key: str, out: Path) -> list[Path]:
         ArtifactError: It is missing or damaged.
         ConfigError: ``out`` exists and is not an empty directory.
     """
+    directory = store.directory(key)
     if faults := store.faults(key):
         raise ArtifactError(f"{key} is not exported, it is damaged: " + "; ".join(faults[:5]))
     out = out.expanduser()
@@ -213,5 +214,5 @@ def export_artifact(store: Store, key: str, out: Path) -> list[Path]:
     for name in names:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(store.path(key) / name, target)
+        shutil.copyfile(directory / name, target)
     return [out / name for name in names]

@@ -12,11 +12,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cropi_core.content import is_full
 from cropi_core.errors import ArtifactError, ConfigError, WaitingError
 from cropi_core.runs import load_run, new_run, now, save_run
 from cropi_core.slots import pin_for, slots
 from cropi_core.steps import StepResult
-from cropi_core.store import Store, is_full
+from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import ArtifactRef, SlotRecord, StepName, StepSpec
 
@@ -47,7 +48,8 @@ class Run:
             self._close("waiting", str(error))
             raise
         except BaseException as error:
-            with contextlib.suppress(OSError):  # a disk too full for the record must not hide why
+            # A disk too full for the record, or a server that is gone, must not hide why.
+            with contextlib.suppress(OSError, ArtifactError):
                 self._close("failed", f"{type(error).__name__}: {error}")
             if isinstance(error, OSError) and is_full(error):
                 raise self.store.no_space("the run's record") from error

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 
 from pydantic import ValidationError
 
+from cropi_core.content import canonical_json
 from cropi_core.errors import ArtifactError, in_one_line
-from cropi_core.store import Store, canonical_json, write_atomic
+from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import SCHEMA_VERSION, ArtifactRef, Manifest, RunRecord
 
@@ -30,7 +32,7 @@ def new_run(config: Config) -> RunRecord:
 
 def save_run(store: Store, record: RunRecord) -> None:
     """Write a run's record."""
-    write_atomic(store.root / "runs" / f"{record.run}.json", record.model_dump_json(indent=1))
+    store.write(f"runs/{record.run}.json", record.model_dump_json(indent=1))
 
 
 def load_run(store: Store, run: str) -> RunRecord:
@@ -39,13 +41,14 @@ def load_run(store: Store, run: str) -> RunRecord:
     Raises:
         ArtifactError: There is no such run, or its record cannot be read.
     """
-    path = store.root / "runs" / f"{run}.json"
-    if not path.resolve().is_relative_to((store.root / "runs").resolve()) or not path.exists():
+    path = f"{store.url}/runs/{run}.json"
+    text = store.read(f"runs/{run}.json") if run == PurePosixPath(run).name else None
+    if text is None:
         raise ArtifactError(
-            f"no run {run!r} under {store.root}; there are: {', '.join(list_runs(store)) or 'none'}"
+            f"no run {run!r} under {store.url}; there are: {', '.join(list_runs(store)) or 'none'}"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(
             f"{path} is no JSON ({error}); move it away, the same run writes it again"
@@ -61,8 +64,7 @@ def load_run(store: Store, run: str) -> RunRecord:
 
 def list_runs(store: Store) -> list[str]:
     """List run ids, oldest record first."""
-    paths = sorted((store.root / "runs").glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    return [p.stem for p in paths]
+    return [name.removesuffix(".json") for name in store.names("runs") if name.endswith(".json")]
 
 
 def ancestors(store: Store, key: str) -> list[Manifest]:
@@ -74,7 +76,7 @@ def ancestors(store: Store, key: str) -> list[Manifest]:
     queue = [key]
     while queue:
         for ref in seen[queue.pop(0)].inputs.values():
-            if ref.key not in seen and store.path(ref).exists():
+            if ref.key not in seen and store.has(ref):
                 seen[ref.key] = store.manifest(ref)
                 queue.append(ref.key)
     return list(seen.values())
@@ -100,7 +102,7 @@ def unnamed(store: Store) -> list[str]:
         named |= {slot.ref.key for slot in load_run(store, run).slots.values()}
     kept: set[str] = set()
     for key in named:
-        if store.path(key).exists():
+        if store.has(key):
             kept |= {m.key for m in ancestors(store, key)}
     return [key for key in store.keys() if key not in kept]  # noqa: SIM118
 

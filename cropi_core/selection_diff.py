@@ -126,13 +126,13 @@ def selection_diff(store: Store, one: str, other: str) -> SelectionDiff:
         SelectionError: They are of different pools.
     """
     manifests = [_selection(store, name) for name in (one, other)]
-    tables = [read_parquet(store.path(m.key) / SELECTION_FILE) for m in manifests]
+    tables = [read_parquet(store.directory(m.key) / SELECTION_FILE) for m in manifests]
     origins: dict[str, tuple[str, str | None]] = {}
     for manifest in manifests:
         prompts = manifest.inputs.get("prompts")
         # An imported selection names no pool, and a pool may have been collected: both can be compared still.
-        if prompts is not None and store.path(prompts).exists():
-            table = read_parquet(store.path(prompts) / PROMPTS_FILE)
+        if prompts is not None and store.has(prompts):
+            table = read_parquet(store.directory(prompts) / PROMPTS_FILE)
             ids, sources, levels = (table[name].to_pylist() for name in ("prompt_id", "source", "level"))
             for prompt_id, source, level in zip(ids, sources, levels, strict=True):
                 origins[prompt_id] = (source, level)

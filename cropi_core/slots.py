@@ -10,8 +10,8 @@ trajectories before it collected new ones is kept at ``<slot>/stored@m``.
 from pathlib import Path
 from typing import Any
 
+from cropi_core.content import file_sha256
 from cropi_core.errors import ConfigError
-from cropi_core.store import file_sha256
 from data_schemas.config import Config, Source, TableSource
 
 

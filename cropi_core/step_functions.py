@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from cropi_core.content import SCRATCH
 from cropi_core.steps import Work
-from cropi_core.store import SCRATCH
 from data_schemas.config import (
     Evaluation,
     Gradients,

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cropi_core.children import child_env
+from cropi_core.content import artifact_key, content_digest, file_entries, is_full
 from cropi_core.errors import CropiError, StepError
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.resident import peak_resident
-from cropi_core.store import Store, artifact_key, content_digest, file_entries, is_full
+from cropi_core.store import Store
 from data_schemas.config import Runtime
 from data_schemas.manifest import ArtifactRef, Kind, Manifest, StepName, StepSpec
 
@@ -138,7 +139,8 @@ def _run_here(
     resumed = any(out.iterdir())
     inputs = {name: store.require(ref) for name, ref in spec.inputs.items()}
     try:
-        summary = _function(spec.step)(Work(spec, inputs, out, store.logs(key), runtime, report, spread))
+        with store.in_use(spec.inputs.values()):
+            summary = _function(spec.step)(Work(spec, inputs, out, store.logs(key), runtime, report, spread))
         entries = file_entries(out)
         manifest = Manifest(
             kind=step_kind(spec.step),
@@ -172,7 +174,7 @@ def _run_subprocess(spec: StepSpec, store: Store, runtime: Runtime, report: Repo
     """
     python = runtime.python.get(spec.step, sys.executable)
     inner = spec.model_copy(update={"runtime": {**spec.runtime, "mode": "in_process"}})
-    command = [python, "-m", "cropi_core", "step", "--claimed", "--root", str(store.root)]
+    command = [python, "-m", "cropi_core", "step", "--claimed", "--root", store.url]
     # Same process group as ours, so that whoever cancels the run takes the step and its children with it.
     child = subprocess.Popen(
         command,

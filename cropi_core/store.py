@@ -4,109 +4,49 @@
 content digests, so finding a key is resuming, and naming another one is swapping. An artifact appears by one rename
 and is never overwritten; one that does not match its manifest is named, set aside under ``<root>/.damaged`` and
 computed again. Work in progress lives in ``<root>/.work/<key>``, where a step finds its whole shards after a stop.
+
+Where the root is an address (``s3://bucket/prefix``), all this happens in a directory of this machine, and what is
+finished is handed to :class:`cropi_core.remote.Remote`, which others share; docs/storage.md says what that guarantees.
 """
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from cropi_core.errors import ArtifactError, CropiError, in_one_line
-from data_schemas.manifest import KINDS, SCHEMA_VERSION, ArtifactRef, FileEntry, Manifest
-
-MANIFEST = "manifest.json"
-SCRATCH = ".scratch"
-"""Directory of a workspace for what only serves to go on after a stop; no part of the artifact."""
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors that mean a full disk or quota."""
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one it came from, is a full disk; Rust libraries say so in their text only."""
-    while error is not None:
-        if getattr(error, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def canonical_json(value: Any) -> str:
-    """Serialise to the one JSON text that equal values share: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def artifact_key(
-    kind: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, ArtifactRef]
-) -> str:
-    """Name an artifact by what it is made from: ``<kind>-v<version>-<16 hex digits>``."""
-    material = {"settings": settings, "inputs": {name: ref.digest for name, ref in inputs.items()}}
-    text = f"{kind}/{version}/{canonical_json(material)}"
-    return f"{kind}-v{version}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file's bytes; hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_entries(directory: Path) -> list[FileEntry]:
-    """List every file below ``directory`` but manifest and scratch, sorted by path, with size and sha256."""
-    entries = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory).as_posix()
-        if relative.split("/", 1)[0] == SCRATCH:
-            continue
-        if path.is_symlink():
-            raise ArtifactError(f"{path} is a symbolic link; artifacts hold plain files only")
-        if not path.is_file() or relative == MANIFEST:
-            continue
-        entries.append(FileEntry(path=relative, size=path.stat().st_size, sha256=file_sha256(path)))
-    return entries
-
-
-def content_digest(entries: list[FileEntry]) -> str:
-    """Hash the names, sizes and checksums of an artifact's files: equal content, equal digest."""
-    text = canonical_json([[e.path, e.size, e.sha256] for e in sorted(entries, key=lambda e: e.path)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def manifest_checksum(raw: Mapping[str, Any]) -> str:
-    """Hash what a manifest says apart from its own checksum: its summary decides what a run does next."""
-    text = canonical_json({name: value for name, value in raw.items() if name != "checksum"})
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from cropi_core.content import (
+    FULL,
+    MANIFEST,
+    SCRATCH,
+    file_sha256,
+    manifest_checksum,
+    manifest_faults,
+    read_manifest,
+    write_atomic,
+)
+from cropi_core.errors import ArtifactError, CropiError
+from cropi_core.objects import is_address
+from cropi_core.remote import Remote
+from data_schemas.manifest import KINDS, ArtifactRef, Manifest
 
 
 class Store:
-    """Artifacts below one root directory."""
+    """Artifacts below one root: a directory, or an address with a directory of this machine as its cache.
+
+    Attributes:
+        remote: What is shared with other machines; None below a directory.
+        root: The directory; of an address, its cache.
+        url: What the root is called: the directory, or the address.
+    """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.remote = Remote(str(root)) if is_address(root) else None
+        self.root = self.remote.cache if self.remote else Path(root).expanduser().resolve()
+        self.url = self.remote.url if self.remote else str(self.root)
         # A file is hashed again only when its time or size moved: a run reads the same artifact many times.
         self._hashed: dict[tuple[str, int, int], str] = {}
 
@@ -128,6 +68,8 @@ class Store:
                 f"artifacts cannot be written below {self.root} ({error.strerror}): "
                 "name another directory with --root"
             ) from error
+        if self.remote:
+            self.remote.prepare()
 
     def no_space(self, what: str) -> CropiError:
         """Say that the disk is full, and that nothing is lost by it."""
@@ -145,47 +87,70 @@ class Store:
             raise ArtifactError(f"{key!r} is no artifact key; keys look like gradients-v1-0123456789abcdef")
         return self.root / kind / key
 
+    def has(self, ref: ArtifactRef | str) -> bool:
+        """Whether there is an artifact of this name, whole or not."""
+        return self._manifest_path(ref).exists()
+
+    def _manifest_path(self, ref: ArtifactRef | str) -> Path:
+        """Return where a manifest can be read: of an address, the copy of the one that others see too."""
+        path = self.path(ref) / MANIFEST
+        if self.remote is None:
+            return path
+        copy = self.remote.mirror(path.parent.name)
+        if not copy.exists() and not path.exists():
+            self.remote.pull(path.parent.name)
+        return copy if copy.exists() else path
+
     def manifest(self, ref: ArtifactRef | str) -> Manifest:
         """Read an artifact's manifest.
 
         Raises:
             ArtifactError: There is none, it cannot be read, or it has another schema version.
         """
-        path = self.path(ref) / MANIFEST
+        path = self._manifest_path(ref)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return read_manifest(path.read_bytes(), path)
         except FileNotFoundError as error:
-            raise ArtifactError(f"no artifact {path.parent.name} under {self.root}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path} is no JSON ({error}); the artifact is damaged") from error
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
-                "use the program that wrote it, or another root"
-            )
-        try:
-            return Manifest.model_validate(raw)
-        except ValidationError as error:
-            raise ArtifactError(f"{path} is no manifest: {in_one_line(error)}") from error
+            raise ArtifactError(f"no artifact {self.path(ref).name} under {self.url}") from error
+
+    def directory(self, ref: ArtifactRef | str) -> Path:
+        """Return the directory of an artifact; what only others have is copied here first.
+
+        Raises:
+            ArtifactError: Others do not have it either, or what was copied is not what its manifest says.
+        """
+        path = self.path(ref)
+        if self.remote:
+            if not path.exists():
+                if not self.remote.pull(path.name):
+                    raise ArtifactError(f"no artifact {path.name} under {self.url}")
+                self.remote.download(path.name, path)
+            os.utime(path)  # when it was last of use
+        return path
+
+    def where(self, ref: ArtifactRef | str) -> str:
+        """Say where an artifact's files are: a directory of this machine, or an address."""
+        path = self.path(ref)
+        return str(path) if self.remote is None or path.exists() else self.remote.where(path.name)
 
     def faults(self, key: str) -> list[str]:
-        """Compare an artifact with its manifest; every missing, changed or foreign file is one line."""
+        """Compare an artifact's directory with its manifest; every missing, changed or foreign file is one line."""
         directory = self.path(key)
         try:
-            manifest = self.manifest(key)
+            text = (directory / MANIFEST).read_bytes()
+            manifest = read_manifest(text, directory / MANIFEST)
+        except FileNotFoundError:
+            return [f"no artifact {key} under {self.root}"]
         except ArtifactError as error:
             if "schema version" in str(error):
                 raise
             return [str(error)]
-        found = []
-        if manifest.key != key:
-            found.append(f"{directory / MANIFEST} names {manifest.key}")
+        found = manifest_faults(manifest, text, key, directory / MANIFEST)
         for entry in manifest.files:
             path = directory / entry.path
             if not path.resolve().is_relative_to(directory.resolve()):
-                found.append(f"{directory / MANIFEST} names {entry.path!r}, a file outside the artifact")
-            elif path.is_symlink() or not path.is_file():
+                continue  # said already
+            if path.is_symlink() or not path.is_file():
                 found.append(f"{path} is missing")
             elif path.stat().st_size != entry.size:
                 found.append(f"{path} has {path.stat().st_size} bytes, its manifest says {entry.size}")
@@ -195,11 +160,6 @@ class Store:
         for path in sorted(directory.rglob("*")):
             if not path.is_dir() and path.relative_to(directory).as_posix() not in known:
                 found.append(f"{path} is not in the manifest")
-        if content_digest(manifest.files) != manifest.digest:
-            found.append(f"{directory / MANIFEST} has a digest that is not that of its files")
-        raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.checksum and manifest.checksum != manifest_checksum(raw):
-            found.append(f"{directory / MANIFEST} does not match its checksum; it was changed")
         return found
 
     def _sha256(self, path: Path) -> str:
@@ -210,17 +170,44 @@ class Store:
         return self._hashed[token]
 
     def is_complete(self, key: str) -> bool:
-        """Whether the artifact is there and matches its manifest, byte for byte."""
-        return self.path(key).exists() and not self.faults(key)
+        """Whether the artifact is there and matches its manifest; see :meth:`find`."""
+        if self.remote is None:
+            return self.path(key).exists() and not self.faults(key)
+        if not self.remote.pull(key) or self.remote.faults(key):
+            return False
+        return not self.path(key).exists() or not self.faults(key)
 
     def find(self, key: str) -> ArtifactRef | None:
-        """Return a whole artifact; set a damaged one aside and return None."""
-        if not self.path(key).exists():
-            return None
-        if faults := self.faults(key):
+        """Return a whole artifact; set a damaged one aside and return None.
+
+        In a directory every byte is compared with the manifest. Of an address the names and sizes are; every byte is
+        when the files are copied here. What only this machine has is sent.
+        """
+        if self.path(key).exists() and (faults := self.faults(key)):
             self.set_aside(key, faults)
-            return None
-        return self.manifest(key).ref
+        here = self.path(key).exists()
+        if self.remote is None:
+            return self.manifest(key).ref if here else None
+        if self.remote.pull(key):
+            if not (faults := self.remote.faults(key)):
+                return self._agreed(key)
+            self._set_aside_there(key, faults)
+        return self._shared(key) if here else None
+
+    def _shared(self, key: str) -> ArtifactRef:
+        """Give a finished artifact to others, if there are any; another content may have been first, and is used."""
+        if self.remote is None:
+            return self.manifest(key).ref
+        self.remote.upload(self.path(key))
+        return self._agreed(key)
+
+    def _agreed(self, key: str) -> ArtifactRef:
+        """Drop a copy of another content than others see, and return what they see."""
+        ref = self.manifest(key).ref
+        path = self.path(key)
+        if path.exists() and read_manifest((path / MANIFEST).read_bytes(), path).digest != ref.digest:
+            shutil.rmtree(path)
+        return ref
 
     def set_aside(self, key: str, faults: list[str]) -> Path:
         """Move a damaged artifact under ``.damaged`` with its faults beside it; nothing is deleted."""
@@ -229,6 +216,34 @@ class Store:
         self.path(key).rename(target)
         (target.parent / f"{target.name}.txt").write_text("\n".join(faults) + "\n", encoding="utf-8")
         return target
+
+    def _set_aside_there(self, key: str, faults: list[str]) -> str:
+        """Do the same where others see it, and leave a note here."""
+        assert self.remote is not None
+        where = self.remote.set_aside(key, faults)
+        note = self.root / ".damaged" / where.rpartition("/")[2]
+        note.mkdir(parents=True, exist_ok=True)
+        note.with_name(f"{note.name}.txt").write_text("\n".join([*faults, where]) + "\n", encoding="utf-8")
+        return where
+
+    def audit(self, key: str, *, repair: bool = False) -> tuple[list[str], str | None]:
+        """Compare an artifact byte for byte, here and where others see it.
+
+        Args:
+            key: Its name.
+            repair: Set it aside where it is damaged.
+
+        Returns:
+            The faults, one a line, and where the damaged one was moved.
+        """
+        faults, moved = [], None
+        if self.remote is None or self.path(key).exists():
+            faults = self.faults(key)
+            moved = str(self.set_aside(key, faults)) if faults and repair else None
+        if self.remote and self.remote.pull(key) and (there := self.remote.faults(key, read=True)):
+            faults += there
+            moved = self._set_aside_there(key, there) if repair else None
+        return faults, moved
 
     def damaged(self) -> list[Path]:
         """List what was set aside."""
@@ -240,11 +255,28 @@ class Store:
         Raises:
             ArtifactError: It is missing, damaged, or its content is not the digest asked for.
         """
+        if self.remote and self.path(ref).exists():
+            if faults := self.faults(ref.key):
+                self.set_aside(ref.key, faults)  # a copy; others have it still
+            elif self.remote.pull(ref.key):
+                self._agreed(ref.key)
+        directory = self.directory(ref)
         if faults := self.faults(ref.key):
             raise ArtifactError(f"input {ref.key} cannot be used: " + "; ".join(faults[:5]))
-        if (digest := self.manifest(ref).digest) != ref.digest:
+        digest = read_manifest((directory / MANIFEST).read_bytes(), directory).digest
+        if digest != ref.digest:
             raise ArtifactError(f"input {ref.key} holds {digest[:16]}, {ref.digest[:16]} was asked for")
-        return self.path(ref)
+        return directory
+
+    @contextlib.contextmanager
+    def in_use(self, refs: Iterable[ArtifactRef]) -> Iterator[None]:
+        """Keep artifacts in the cache while a step reads them; the system forgets it when its process dies."""
+        with contextlib.ExitStack() as stack:
+            for path in [self.path(ref) for ref in refs] if self.remote else []:
+                opened = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_SH)
+            yield
 
     def workspace(self, key: str) -> Path:
         """Return the directory in which the artifact's work in progress lives, created when absent."""
@@ -288,7 +320,7 @@ class Store:
         whole = manifest.model_copy(update={"checksum": checksum})
         write_atomic(work / MANIFEST, whole.model_dump_json(indent=1))
         self.finish(manifest.key)
-        return manifest.ref
+        return self._shared(manifest.key)
 
     def finish(self, key: str) -> None:
         """Move a workspace that has its manifest into place; the end of :meth:`publish`, or of a killed one.
@@ -306,9 +338,13 @@ class Store:
         """Remove a finished artifact and its unfinished work, so that it is computed from the start."""
         shutil.rmtree(self.path(key), ignore_errors=True)
         shutil.rmtree(self.root / ".work" / key, ignore_errors=True)
+        if self.remote:
+            self.remote.discard(key)
 
     def keys(self, kind: str | None = None) -> list[str]:
         """List the keys present, oldest first."""
+        if self.remote:
+            return [key for key in self.remote.listed() if kind in (None, key.partition("-")[0])]
         kinds = [kind] if kind else list(KINDS)
         paths = [p for k in kinds for p in (self.root / k).glob(f"{k}-v*") if (p / MANIFEST).exists()]
         return [p.name for p in sorted(paths, key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, p.name))]
@@ -331,14 +367,37 @@ class Store:
                 if matches
                 else "no artifact or tag"
             )
-            raise ArtifactError(f"{name!r} under {self.root}: {what}; `cropi artifacts ls` lists them")
+            raise ArtifactError(f"{name!r} under {self.url}: {what}; `cropi artifacts ls` lists them")
         return matches[0]
 
     def tags(self) -> dict[str, str]:
         """Return the names people gave to artifacts."""
-        path = self.root / "tags.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        text = self.read("tags.json")
+        return json.loads(text) if text else {}
 
     def tag(self, name: str, key: str) -> None:
         """Give an artifact a name, moving it if it was taken."""
-        write_atomic(self.root / "tags.json", json.dumps(self.tags() | {name: key}, indent=1, sort_keys=True))
+        self.write("tags.json", json.dumps(self.tags() | {name: key}, indent=1, sort_keys=True))
+
+    # -- small files: of two writers at once the last one stays ------------------------------------------------
+
+    def read(self, name: str) -> str | None:
+        """Read a small file of the root; None if there is none."""
+        if self.remote:
+            return self.remote.read(name)
+        path = self.root / name
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a small file of the root, whole or not at all, and return where it is on this machine."""
+        write_atomic(self.root / name, text)
+        if self.remote:
+            self.remote.write(name, text)
+        return self.root / name
+
+    def names(self, directory: str) -> list[str]:
+        """List the files of one of the root's directories, the one written first first."""
+        if self.remote:
+            return self.remote.names(directory)
+        paths = [path for path in (self.root / directory).glob("*") if path.is_file()]
+        return [p.name for p in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))]

@@ -28,6 +28,7 @@ from data_schemas.config import Config
 from data_schemas.manifest import StepName
 
 if TYPE_CHECKING:
+    from cropi_core.store import Store
     from flows.server import LocalServer
 
 INTERRUPTED = 130
@@ -53,18 +54,20 @@ def run_command(
     settings = load_config(config, override or [])
     steps = checked_steps(refresh or [])
     require_prefect("run")
-    root = root.expanduser().resolve()
+    from cropi_core.store import Store
+
+    store = Store(root)
     try:
         with ExitStack() as stack:
-            outcome = run_flow(settings, root, steps, stack, quiet=quiet or as_json, approve=approve)
-            report = None if no_report else write_html(root, outcome["run"])
+            outcome = run_flow(settings, store, steps, stack, quiet=quiet or as_json, approve=approve)
+            report = None if no_report else write_html(store, outcome["run"])
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print(json.dumps(outcome | {"report": str(report) if report else None}, indent=1))
     else:
-        show_end(root, outcome["run"], report)
+        show_end(store, outcome["run"], report)
 
 
 @app.command("study")
@@ -98,7 +101,7 @@ def study_command(
         with ExitStack() as stack:
             code = compare_study(
                 study,
-                root.expanduser().resolve(),
+                root,
                 override or [],
                 stack,
                 processes=processes,
@@ -125,7 +128,7 @@ def serve_command(
     from flows.serve import serve
 
     try:
-        serve(root.expanduser().resolve(), port)
+        serve(root, port)
     except KeyboardInterrupt:
         print("stopped; artifacts and runs are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -144,10 +147,10 @@ def automations_command(
 ) -> None:
     """Have Prefect's server send messages, and record runs whose process is gone."""
     require_prefect("automations")
+    from cropi_core.store import Store
     from flows.environment import check_api, prepare, served_api
 
-    root = root.expanduser().resolve()
-    url = prepare(root) or served_api(Path(os.environ["PREFECT_HOME"]).expanduser())
+    url = prepare(Store(root).root) or served_api(Path(os.environ["PREFECT_HOME"]).expanduser())
     if url is None:
         raise ConfigError(
             f"no server: PREFECT_API_URL names none, and `cropi serve` does not serve {root}; automations are the "
@@ -186,13 +189,13 @@ def require_prefect(command: str) -> None:
 
 
 def run_flow(
-    config: Config, root: Path, refresh: list[StepName], stack: ExitStack, *, quiet: bool, approve: bool
+    config: Config, store: "Store", refresh: list[StepName], stack: ExitStack, *, quiet: bool, approve: bool
 ) -> dict[str, Any]:
     """Run the flow and return the run's summary.
 
     Args:
         config: What to run.
-        root: Directory of the artifacts.
+        store: Where artifacts go.
         refresh: Steps to compute again.
         stack: Ends the server that is started where the user has none.
         quiet: Show no progress.
@@ -204,7 +207,7 @@ def run_flow(
     from flows.display import watcher
 
     view = watcher(quiet=quiet)
-    server = reach_server(root, stack, view.note)
+    server = reach_server(store, stack, view.note)
     # Imported while the server comes up.
     from prefect.states import State
 
@@ -220,7 +223,7 @@ def run_flow(
     try:
         with view.context(), watched_by(view):
             state: State[Any] = curriculum(
-                config=config, root=str(root), refresh=refresh or None, approve=approve, return_state=True
+                config=config, root=store.url, refresh=refresh or None, approve=approve, return_state=True
             )
     finally:
         if server is not None:
@@ -231,22 +234,21 @@ def run_flow(
     return state.result()
 
 
-def reach_server(root: Path, stack: ExitStack, note: Callable[[str], None]) -> "LocalServer | None":
+def reach_server(store: "Store", stack: ExitStack, note: Callable[[str], None]) -> "LocalServer | None":
     """Put Prefect's environment in place and name a server in it: the user's, or one that is begun here.
 
     Args:
-        root: Directory of the artifacts.
+        store: Where artifacts go.
         stack: Ends the server that is started where the user has none.
         note: Told which one it is.
 
     Returns:
         The server begun here, to be waited for; None where the user has one.
     """
-    from cropi_core.store import Store
     from flows.environment import check_api, prepare, served_api
 
-    Store(root).prepare()
-    url = prepare(root)
+    store.prepare()
+    url = prepare(store.root)
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     if url is not None:
         check_api(url)
@@ -264,31 +266,30 @@ def reach_server(root: Path, stack: ExitStack, note: Callable[[str], None]) -> "
     return server
 
 
-def write_html(root: Path, run: str) -> Path | None:
+def write_html(store: "Store", run: str) -> Path | None:
     """Write the run's HTML report; where its packages are missing, say so."""
     from cropi_core.report import write_report
-    from cropi_core.store import Store
 
     try:
-        return write_report(Store(root), run)
+        return write_report(store, run)
     except ImportError as error:
         print(f"no report: {error.name} is not installed: pip install 'cropi[report]'", file=sys.stderr)
         return None
 
 
-def show_end(root: Path, run: str, report: Path | None) -> None:
+def show_end(store: "Store", run: str, report: Path | None) -> None:
     """Print the tables and what can be done next."""
     from cropi_core.runs import load_run
-    from cropi_core.store import Store
     from flows.display import show_summary
     from flows.summary import summarise
 
-    store = Store(root)
     show_summary(summarise(load_run(store, run), store.manifest))
-    print(f"run {run}, artifacts under {root}")
+    print(f"run {run}, artifacts under {store.url}")
     if report:
         print(f"report {report}")
-    print(f"next: cropi artifacts ls --root {root}; or again with -o selection.ratio=0.2 or --refresh scores")
+    print(
+        f"next: cropi artifacts ls --root {store.url}; or again with -o selection.ratio=0.2 or --refresh scores"
+    )
 
 
 def main() -> None:

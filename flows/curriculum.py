@@ -126,7 +126,7 @@ def curriculum(
     settings = configured(config, file, preset, stages, seed, ratio)
     execute = Executor(artifact_root(root), log, refresh or ())
     store = execute.store
-    log.info("run %s under %s", run_id(settings), store.root)
+    log.info("run %s under %s", run_id(settings), store.url)
     asker = None
     if approve:
         watcher = execute.watcher
@@ -149,5 +149,5 @@ def _show(execute: Executor, record: RunRecord) -> dict[str, Any]:
     store = execute.store
     execute.show_rest()
     summary = summarise(record, store.manifest)
-    publish_run(as_markdown(summary, str(store.root)), return_state=True)
+    publish_run(as_markdown(summary, store.url), return_state=True)
     return as_json(summary)

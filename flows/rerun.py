@@ -74,7 +74,7 @@ def rerun(
         "slot": slot,
         "ref": result.ref.model_dump(),
         "origin": "cached" if result.cached else "computed",
-        "path": str(store.path(result.ref)),
+        "path": store.where(result.ref),
         "pin": {slot: result.ref.key},
     }
 

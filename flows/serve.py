@@ -25,11 +25,12 @@ DEPLOYMENT = "local"
 GRACE_S = 10.0
 
 
-def serve(root: Path, port: int) -> None:
+def serve(root: str, port: int) -> None:
     """Start the server and work on what is asked of it; returns when the command is stopped.
 
     Args:
-        root: Directory of the artifacts, and, below `.prefect`, of the server's data.
+        root: Directory or address of the artifacts; the server's data lie below `.prefect` of the directory, or of the
+            address's cache.
         port: Port of 127.0.0.1.
 
     Raises:
@@ -43,9 +44,10 @@ def serve(root: Path, port: int) -> None:
             f"PREFECT_API_URL is {other}, and `cropi serve` starts a server of its own at {url}; unset "
             "PREFECT_API_URL (or leave that profile), or use that server: prefect --no-prompt deploy --all"
         )
-    Store(root).prepare()
+    store = Store(root)
+    store.prepare()
     os.environ["PREFECT_API_URL"] = url
-    os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    os.environ.setdefault("PREFECT_HOME", str(store.root / ".prefect"))
     # Runs tell the terminal that they began and ended.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     os.environ.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
@@ -54,9 +56,9 @@ def serve(root: Path, port: int) -> None:
     home = Path(os.environ["PREFECT_HOME"]).expanduser()
     if (running := served_api(home)) is not None:
         raise ConfigError(
-            f"{root} is served already, at {running}; use that: export PREFECT_API_URL={running}, or stop it"
+            f"{store.url} is served already, at {running}; use that: export PREFECT_API_URL={running}, or stop it"
         )
-    prepare(root)
+    prepare(store.root)
     if not (home / "prefect.db").exists():
         print(f"making Prefect's database under {home}, once", flush=True)
     with local_server(home, port) as server:
@@ -64,7 +66,7 @@ def serve(root: Path, port: int) -> None:
         marker = home / SERVED
         marker.write_text(url + "\n", encoding="utf-8")
         try:
-            asyncio.run(_work(server, root))
+            asyncio.run(_work(server, store.url))
         finally:
             marker.unlink(missing_ok=True)
 
@@ -90,7 +92,7 @@ def refuse_if_taken(url: str, port: int) -> None:
     raise ConfigError(f"port {port} of 127.0.0.1 cannot be used ({reason}): {advice}")
 
 
-async def _work(server: LocalServer, root: Path) -> None:
+async def _work(server: LocalServer, root: str) -> None:
     """Serve the flows until SIGTERM comes, or this is cancelled, which is what Ctrl-C does.
 
     Raises:
@@ -125,7 +127,7 @@ async def _work(server: LocalServer, root: Path) -> None:
         await runner.aadd_flow(
             flow,
             name=DEPLOYMENT,
-            parameters={"root": str(root)},
+            parameters={"root": root},
             tags=["cropi", "served"],
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
@@ -155,7 +157,7 @@ async def _work(server: LocalServer, root: Path) -> None:
             await working
 
 
-def _greeting(server: LocalServer, root: Path, names: list[str]) -> str:
+def _greeting(server: LocalServer, root: str, names: list[str]) -> str:
     return f"""\
 UI           {server.url.removesuffix("/api")}
 deployments  {", ".join(names)}

@@ -25,7 +25,7 @@ from data_schemas.study import Study
 
 def compare_study(
     name: str,
-    root: Path,
+    root: str,
     overrides: list[str],
     stack: ExitStack,
     *,
@@ -41,7 +41,7 @@ def compare_study(
 
     Args:
         name: Study file, or the name of a shipped one.
-        root: Directory of the artifacts; the study's files lie under ``studies`` in it.
+        root: Directory or address of the artifacts; the study's files lie under ``studies`` in it, or in its cache.
         overrides: Put over every curriculum.
         stack: Ends the Prefect server that is started where the user has none.
         processes: Curricula at once; None is one a core.
@@ -72,17 +72,17 @@ def compare_study(
     board = Terminal(len(asked), len(asked) - len(missing), quiet=quiet)
     failures = []
     if missing and not tabulate:
-        failures = run_missing(missing, root, processes, stack, board)
+        failures = run_missing(missing, store, processes, stack, board)
     curves = read_curves(study, planned, store)
     if not curves:
         raise ConfigError(
-            f"study {study.name}: none of its {len(planned)} curricula is finished under {root}"
+            f"study {study.name}: none of its {len(planned)} curricula is finished under {store.url}"
             + "".join(f"; {failure.cell.label}: {failure.error}" for failure in failures[:3])
         )
     from cropi_core.study.output import Failed, into_page, write_study
 
     told = [Failed(failure.cell.label, failure.error) for failure in failures]
-    files = write_study(study, curves, told, len(planned), root / "studies" / study.name)
+    files = write_study(study, curves, told, len(planned), store.root / "studies" / study.name)
     if write is not None:
         into_page(write, study.name, files["markdown"], files["picture"])
     if as_json:
@@ -101,7 +101,7 @@ def finished(store: Store, cell: Cell) -> RunRecord | None:
         record = load_run(store, run_id(cell.config))
     except ArtifactError:
         return None
-    whole = record.status == "done" and all(store.path(slot.ref).exists() for slot in record.slots.values())
+    whole = record.status == "done" and all(store.has(slot.ref) for slot in record.slots.values())
     return record if whole else None
 
 
@@ -116,13 +116,13 @@ def read_curves(study: Study, planned: Sequence[Cell], store: Store) -> list[Cur
 
 
 def run_missing(
-    missing: Sequence[Cell], root: Path, processes: int | None, stack: ExitStack, board: "Terminal"
+    missing: Sequence[Cell], store: Store, processes: int | None, stack: ExitStack, board: "Terminal"
 ) -> list[Any]:
     """Run curricula in processes of their own under one server; returns what failed."""
     from flows.cli import reach_server
     from flows.study_pool import run_cells
 
-    server = reach_server(root, stack, board.note)
+    server = reach_server(store, stack, board.note)
     if server is not None:
         server.wait()
     cores = os.cpu_count() or 1
@@ -130,7 +130,7 @@ def run_missing(
     # Each process computes with its share of the cores; more would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     with board.bars:
-        return run_cells(missing, root, count, board)
+        return run_cells(missing, store.url, count, board)
 
 
 def show(study: Study, curves: Sequence[Curve], failures: Sequence[Any], files: dict[str, Path]) -> None:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from cropi_core.children import child_env
@@ -53,9 +52,9 @@ class Worker:
     It leads a process group of its own: Ctrl-C is for the command, which ends its workers.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.study_worker", str(root)],
+            [sys.executable, "-m", "flows.study_worker", root],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,7 +104,7 @@ class Worker:
 
 
 @contextmanager
-def workers(root: Path, count: int) -> Iterator[list[Worker]]:
+def workers(root: str, count: int) -> Iterator[list[Worker]]:
     """Keep a list of workers, begun with ``count`` of them, and stop whoever is in it at the end."""
     crew = [Worker(root) for _ in range(count)]
     try:
@@ -117,12 +116,12 @@ def workers(root: Path, count: int) -> Iterator[list[Worker]]:
             worker.stop()
 
 
-def run_cells(cells: Sequence[Cell], root: Path, processes: int, board: Board) -> list[Failure]:
+def run_cells(cells: Sequence[Cell], root: str, processes: int, board: Board) -> list[Failure]:
     """Run curricula, the first ones first.
 
     Args:
         cells: What to run.
-        root: Directory of the artifacts.
+        root: Directory or address of the artifacts.
         processes: How many at once.
         board: Shown how it goes.
 

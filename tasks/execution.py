@@ -100,8 +100,8 @@ class Executor:
             if watcher:
                 watcher.moved(spec.slot, progress)
 
-        task = step_task(spec.step, str(self.store.root), refresh_record=refresh_record)
-        ref = task(spec, str(self.store.root), report, refresh, made.append)
+        task = step_task(spec.step, self.store.url, refresh_record=refresh_record)
+        ref = task(spec, self.store.url, report, refresh, made.append)
         # A JSON result whose class moved loads as a plain dict, without an error; here it ends.
         if not isinstance(ref, ArtifactRef):
             raise ArtifactError(
@@ -129,6 +129,6 @@ class Executor:
 
     def _publish(self, step: StepName) -> None:
         self._unseen.discard(step)
-        state = publish(step, str(self.store.root), self._rows[step][-50:], return_state=True)
+        state = publish(step, self.store.url, self._rows[step][-50:], return_state=True)
         if state.is_failed() or state.is_crashed():
             self.log.warning("%s: done, but the UI could not be shown it: %s", step, state.message)

@@ -9,7 +9,6 @@ says whether the artifact is still whole (:mod:`tasks.execution` does).
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import Task
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cropi_core.gradients import Spread
 
 RECORDS = ".prefect-results"
-"""Directory of Prefect's records below a root."""
+"""Directory of Prefect's records below a root, or the cache of an address."""
 
 DESCRIPTIONS: dict[StepName, str] = {
     "prompts": "Read or generate one set of prompts.",
@@ -69,7 +68,7 @@ def make_artifact(
 
     Args:
         spec: The step; `spec.runtime` says where and how it runs.
-        root: Directory of the artifact store.
+        root: Directory or address of the artifact store.
         report: Called with progress.
         refresh: Compute it again even if it is there.
         done: Called with the result, which says what a reference does not: whether it was computed here, or by
@@ -99,7 +98,9 @@ def _spread(spec: StepSpec) -> "Spread | None":
 
 def step_task(step: StepName, root: str, *, refresh_record: bool) -> Task[..., ArtifactRef]:
     """Return a step's task, its records kept under ``root``; ``refresh_record`` passes an old one by."""
-    return TASKS[step].with_options(result_storage=Path(root) / RECORDS, refresh_cache=refresh_record)
+    return TASKS[step].with_options(
+        result_storage=store_at(root).root / RECORDS, refresh_cache=refresh_record
+    )
 
 
 def _task(step: StepName) -> Task[..., ArtifactRef]:

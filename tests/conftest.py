@@ -4,6 +4,8 @@ import os
 import signal
 import tempfile
 
+import pytest
+
 HOME = tempfile.mkdtemp(prefix="cropi-tests-")
 
 for name in [n for n in os.environ if n.startswith("PREFECT_")]:
@@ -24,3 +26,19 @@ os.environ |= {
 # Started in the background of a script, we inherit an ignored SIGINT, and so would every command that a test stops
 # as a person does. A handler of ours is the default again in what we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server on the loopback, and its address and credentials in the environment, as a person has them."""
+    from core.bucket import Server
+
+    server = Server(tmp_path_factory.mktemp("s3"))
+    before = dict(os.environ)
+    os.environ |= server.environment
+    try:
+        yield server
+    finally:
+        server.stop()
+        os.environ.clear()
+        os.environ |= before

@@ -16,7 +16,7 @@ COUNTED_PROMPTS = 500
 """Prompts tokenised where nothing is sampled."""
 
 
-def predict(config: Config, root: Path, folder: Path, *, calibrated: bool) -> dict[str, Any]:
+def predict(config: Config, root: str, folder: Path, *, calibrated: bool) -> dict[str, Any]:
     """Plan a run.
 
     Args:

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from cropi_core.checkpoint import resolve_checkpoint
+from cropi_core.content import MANIFEST, write_atomic
 from cropi_core.curriculum import curriculum
 from cropi_core.planning.terms import Work
 from cropi_core.runs import now
 from cropi_core.selection import subset_size
 from cropi_core.step_functions import CHECKPOINT, PROMPTS_FILE
 from cropi_core.steps import StepResult, run_step, step_key, step_kind
-from cropi_core.store import MANIFEST, Store, write_atomic
+from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import Manifest, StepSpec
+
+READ = ("prompts", "policy")
+"""Steps whose files a plan reads; of others it needs the manifest."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,11 @@ class _Rehearsal:
         """Find a step's artifact, or say what it will be."""
         key = step_key(spec)
         known: dict[str, Any] = {}
-        cached = (self.real.path(key) / MANIFEST).is_file()
-        if cached:
+        cached = self.real.has(key)
+        if cached and (spec.step in READ or self.real.path(key).exists()):
             self._link(key)
+        elif cached:  # its files are elsewhere, and only what it says is asked for
+            write_atomic(self.store.path(key) / MANIFEST, self.real.manifest(key).model_dump_json())
         elif spec.step == "prompts" and "spot" not in spec.settings:
             runtime = {**spec.runtime, "mode": "in_process"}
             result = run_step(spec.model_copy(update={"runtime": runtime}), self.store)
@@ -103,7 +109,7 @@ class _Rehearsal:
         target = self.store.path(key)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(self.real.path(key))
+            target.symlink_to(self.real.directory(key))
 
     def _promise(self, spec: StepSpec, key: str) -> None:
         """Write the manifest of an artifact that is not there; its digest is nobody's."""

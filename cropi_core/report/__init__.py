@@ -8,9 +8,10 @@ report too: of what is there. Needs the extra `report`.
 
 from pathlib import Path
 
+from cropi_core.content import write_atomic
 from cropi_core.errors import ConfigError
 from cropi_core.runs import load_run
-from cropi_core.store import Store, write_atomic
+from cropi_core.store import Store
 
 
 class MissingExtraError(ConfigError, ImportError):
@@ -42,6 +43,8 @@ def write_report(store: Store, run: str, out: Path | None = None) -> Path:
         missing = MissingExtraError(text)
         missing.name = error.name
         raise missing from error
-    path = out or store.root / "runs" / f"{record.run}.html"
-    write_atomic(path, render(store, record))
-    return path
+    page = render(store, record)
+    if out is None:
+        return store.write(f"runs/{record.run}.html", page)
+    write_atomic(out, page)
+    return out

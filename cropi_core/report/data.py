@@ -64,7 +64,11 @@ class Artifacts:
         manifest = self.manifest(slot)
         if manifest is None:
             return None
-        directory = self.store.path(manifest.key)
+        try:
+            directory = self.store.directory(manifest.key)
+        except ArtifactError as error:
+            self.problem(slot, error)
+            return None
         for entry in manifest.files:
             if entry.path == name or entry.path.startswith(f"{name}/"):
                 file = directory / entry.path

@@ -161,7 +161,7 @@ def cost(slot: str, made: Manifest, store: Store) -> Cost:
             )
         return Cost(summary["tokens_generated"], summary["tokens_trained"], made.seconds)
     if made.step == "gradients":
-        rollouts = store.path(made.inputs["rollouts"]) / ROLLOUTS
+        rollouts = store.directory(made.inputs["rollouts"]) / ROLLOUTS
         return Cost(0, passed_tokens(rollouts, made.settings["objective"]["min_gradable"]), made.seconds)
     return Cost(int(summary["tokens"]) if made.step == "rollouts" else 0, 0, made.seconds)
 

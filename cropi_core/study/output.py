@@ -12,9 +12,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from cropi_core.content import write_atomic
 from cropi_core.errors import ConfigError
 from cropi_core.report.page import environment
-from cropi_core.store import write_atomic
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, ArmResult, compare, headline
 from cropi_core.study.measure import FORWARD_AND_BACKWARD, Curve

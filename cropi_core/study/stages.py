@@ -56,7 +56,9 @@ def stage_facts(stage: int, config: Config, record: RunRecord, store: Store) -> 
         reward_first=summary["first_quarter_reward"],
         reward_last=summary["last_quarter_reward"],
         dead_groups=dead_groups(
-            pq.read_table(store.path(trained) / METRICS_FILE, columns=["frac_reward_zero_std"])[0].to_pylist()
+            pq.read_table(store.directory(trained) / METRICS_FILE, columns=["frac_reward_zero_std"])[
+                0
+            ].to_pylist()
         ),
     )
 

@@ -16,9 +16,9 @@ import httpx
 from transformers import PreTrainedModel
 
 from cropi_core.checkpoint import checkpoint_files
+from cropi_core.content import file_sha256
 from cropi_core.errors import PolicyError, ServerError
 from cropi_core.parity import measure
-from cropi_core.store import file_sha256
 from cropi_core.vllm.client import Job, PassingError, Vocabulary, ask, said, send
 from cropi_core.vllm.fleet import Endpoint
 from data_schemas.config import Sampling

@@ -264,12 +264,12 @@ def test_a_report_without_a_run_says_what_makes_one(tmp_path):
 
 
 def test_doctor_says_what_is_broken(tmp_path, monkeypatch):
-    checks = doctor.examine(tmp_path / "new" / "root")
+    checks = doctor.examine(str(tmp_path / "new" / "root"))
     assert {check.state for check in checks} <= {"ok", "missing"}
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(doctor, "NEEDED", ("no-such-package",))
     monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-extra": ("dreams", "dreams")})
-    found = {check.what: check for check in doctor.examine(tmp_path)}
+    found = {check.what: check for check in doctor.examine(str(tmp_path))}
     assert found["no-such-package"].state == "broken"
     assert (found["no-such-extra"].state, "pip install 'cropi[dreams]'" in found["no-such-extra"].remedy) == (
         "missing",

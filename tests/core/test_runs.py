@@ -2,6 +2,7 @@
 
 import pytest
 
+from cropi_core.content import artifact_key, content_digest, file_entries
 from cropi_core.errors import ArtifactError
 from cropi_core.runs import (
     ancestors,
@@ -15,7 +16,7 @@ from cropi_core.runs import (
     unnamed,
 )
 from cropi_core.steps import provenance
-from cropi_core.store import Store, artifact_key, content_digest, file_entries
+from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import Manifest, SlotRecord
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cropi_core.content import MANIFEST, artifact_key, canonical_json, content_digest, file_entries
 from cropi_core.errors import ArtifactError
 from cropi_core.steps import provenance, publish_import
-from cropi_core.store import MANIFEST, Store, artifact_key, canonical_json, content_digest, file_entries
+from cropi_core.store import Store
 from data_schemas.manifest import ArtifactRef, Manifest
 
 JSON = st.recursive(

@@ -1,0 +1,63 @@
+"""A real S3 server on this machine, moto's, in a process of its own; and what its log says was asked of it."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import fsspec
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class Server:
+    """The server's process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "server.log"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=out, stderr=out
+            )
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+        self.address = found[0]
+        self.environment = CREDENTIALS | {"AWS_ENDPOINT_URL": self.address}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def asked(self) -> list[str]:
+        """Every request since the start: `PUT /bucket/name`."""
+        return re.findall(r'"([A-Z]+ [^ ]+) HTTP', self.log.read_text())
+
+
+def new_bucket() -> str:
+    """Make a bucket and return an address in it."""
+    name = f"b-{uuid.uuid4().hex[:12]}"
+    s3().mkdir(name)
+    return f"s3://{name}/some/prefix"
+
+
+def s3():
+    return fsspec.filesystem("s3", use_listings_cache=False)
+
+
+def objects(url: str) -> dict[str, int]:
+    """Names below an address, and sizes."""
+    place = url.partition("://")[2]
+    return {n.removeprefix(f"{place}/"): i["size"] for n, i in s3().find(place, detail=True).items()}

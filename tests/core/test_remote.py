@@ -1,0 +1,442 @@
+"""A root on S3: an artifact is there when its manifest is, whoever was killed; what is damaged is told.
+
+Every test talks to a real server in a process of its own (moto's). A second machine is a second cache.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from core.bucket import new_bucket, objects, s3
+
+from cropi_core.content import MANIFEST
+from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.objects import Objects
+from cropi_core.runs import list_runs, load_run, new_run, save_run
+from cropi_core.steps import publish_import
+from cropi_core.store import Store
+from tests.e2e.tiny import tiny
+
+FILES = {f"parts/part-{n:05d}": f"{n}" * 2000 for n in range(8)} | {"b.txt": "two"}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Open an address as a machine of its own would: with its own cache."""
+
+    def opened(url, name="one"):
+        monkeypatch.setenv("CROPI_CACHE", str(tmp_path / name))
+        return Store(url)
+
+    return opened
+
+
+@pytest.fixture
+def url(s3_server):
+    return new_bucket()
+
+
+def publish(store, files=None):
+    """Publish prompts; another content has another key."""
+
+    def fill(out):
+        for name, text in (FILES if files is None else files).items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text)
+
+    return publish_import(store, "prompts", {}, {}, fill)
+
+
+def contents(directory):
+    return {
+        p.relative_to(directory).as_posix(): p.read_text()
+        for p in directory.rglob("*")
+        if p.is_file() and p.name != MANIFEST
+    }
+
+
+def spoil(url, name, data):
+    """Change an object behind everybody's back."""
+    (path,) = [n for n in objects(url) if n.endswith(name)]
+    s3().pipe_file(f"{url}/{path}".partition("://")[2], data)
+
+
+# -- round trip --------------------------------------------------------------------------------------------
+
+
+def test_what_one_machine_publishes_another_finds_and_reads(url, machine):
+    one = machine(url)
+    one.prepare()
+    made = publish(one)
+    other = machine(url, "other")
+    other.prepare()
+    assert other.find(made.key) == made
+    assert not other.path(made).exists(), "finding fetches no file"
+    assert contents(other.require(made)) == FILES == contents(one.path(made))
+    assert other.is_complete(made.key)
+    assert other.faults(made.key) == []
+    assert other.keys() == [made.key]
+    assert other.manifest(made) == one.manifest(made)
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(url, machine, s3_server):
+    made = publish(machine(url))
+    other = machine(url, "other")
+    other.require(made)
+    before = len(s3_server.asked())
+    other.require(made)
+    asked = s3_server.asked()[before:]
+    assert len(asked) == 1, asked
+    assert asked[0].endswith(f"manifests/{made.key}.json")
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(url, machine):
+    made = publish(machine(url))
+    other = machine(url, "other")
+    (other.require(made) / "b.txt").write_text("owt")
+    assert contents(other.require(made)) == FILES
+    (aside,) = other.damaged()
+    assert (aside / "b.txt").read_text() == "owt"
+
+
+# -- stops -------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from cropi_core.objects import Objects
+from cropi_core.steps import publish_import
+from cropi_core.store import Store
+
+event, count = sys.argv[2], int(sys.argv[3])
+real, seen = getattr(Objects, event), 0
+
+def watched(self, *given):
+    global seen
+    if event == "send" or given[0].startswith("manifests/"):
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *given)
+
+setattr(Objects, event, watched)
+
+def fill(out):
+    (out / "parts").mkdir()
+    for n in range(8):
+        (out / f"parts/part-{n:05d}").write_text(f"{n}" * 2000)
+    (out / "b.txt").write_text("two")
+
+publish_import(Store(sys.argv[1]), "prompts", {}, {}, fill)
+"""
+
+
+@pytest.mark.parametrize(("event", "count"), [("send", 1), ("send", 5), ("create", 1)])
+def test_a_killed_upload_is_no_artifact_and_is_completed_by_the_next(
+    url, machine, s3_server, event, count, tmp_path
+):
+    one = machine(url)
+    child = subprocess.run([sys.executable, "-c", KILLED, url, event, str(count)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    there = [name for name in objects(url) if name.startswith("files/")]
+    assert len(there) == (9 if event == "create" else len(there))
+    assert machine(url, "other").keys() == []
+    (local,) = [p.parent for p in (one.root / "prompts").glob(f"*/{MANIFEST}")]
+    assert machine(url, "other").find(local.name) is None
+
+    before = len(s3_server.asked())
+    made = publish(machine(url))
+    sent = [line for line in s3_server.asked()[before:] if line.startswith("PUT") and "/files/" in line]
+    assert len(sent) == 9 - len(there), sent
+    assert contents(machine(url, "third").require(made)) == FILES
+
+
+def test_a_find_completes_what_was_not_sent(url, machine):
+    """Killed after the artifact was whole on this machine, a step is not computed again, it is sent."""
+    made = publish(machine(url))
+    Objects(url).remove(f"manifests/{made.key}.json")
+    assert machine(url, "other").find(made.key) is None
+    assert machine(url).find(made.key) == made
+    assert machine(url, "other").find(made.key) == made
+
+
+def test_a_fetch_that_was_cut_short_goes_on(url, machine, s3_server):
+    made = publish(machine(url))
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from cropi_core.store import Store
+        real, seen = Path.replace, []
+        def watched(self, target):
+            if self.suffix == ".partial" and ".fetch" in self.parts:
+                seen.append(self)
+                if len(seen) == 6:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, target)
+        Path.replace = watched
+        Store(sys.argv[1]).directory(sys.argv[2])
+        """
+    )
+    other = machine(url, "other")
+    child = subprocess.run([sys.executable, "-c", script, url, made.key], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert not other.path(made).exists()
+    left = [p for p in (other.root / ".fetch").rglob("*") if p.is_file() and p.suffix != ".lock"]
+    whole = [p for p in left if p.suffix != ".partial"]
+    assert 0 < len(whole) < len(left)
+    before = len(s3_server.asked())
+    assert contents(other.require(made)) == FILES
+    got = [line for line in s3_server.asked()[before:] if line.startswith("GET") and "/files/" in line]
+    assert len(got) == 9 - len(whole)
+
+
+# -- two at once -------------------------------------------------------------------------------------------
+
+
+def test_two_machines_that_publish_one_key_leave_one_whole_artifact(url, machine, tmp_path):
+    """Equal settings, and a last digit that differs: the first manifest wins, and both machines go on with it."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from cropi_core.content import content_digest, file_entries
+        from cropi_core.steps import provenance
+        from cropi_core.store import Store
+        from data_schemas.manifest import Manifest
+        store, key = Store(sys.argv[1]), "scores-v1-" + "0" * 16
+        work = store.workspace(key)
+        for n in range(20):
+            (work / str(n)).write_text(sys.argv[2] * 50_000)
+        entries = file_entries(work)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        ref = store.publish(Manifest(
+            kind="scores", key=key, digest=content_digest(entries), step="scores", inputs={}, settings={},
+            files=entries, summary={}, seconds=0, device="", **provenance()))
+        print(ref.digest, store.require(ref).joinpath("7").read_text()[:1])
+        """
+    )
+    for _ in range(3):
+        address = new_bucket()
+        children = []
+        for letter in "ab":
+            environment = {**os.environ, "CROPI_CACHE": str(tmp_path / f"{letter}{address[-20:-13]}")}
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", script, address, letter],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        ends = [child.communicate(timeout=60)[0].split() for child in children]
+        assert ends[0] == ends[1], "both use what is there"
+        third = machine(address, f"third{address[-20:-13]}")
+        (key,) = third.keys()
+        assert third.audit(key) == ([], None)
+        assert third.manifest(key).digest == ends[0][0]
+        (place,) = third.remote.remnants(-60)  # the other's files; nobody names them
+        assert third.manifest(key).digest[:16] not in place
+
+
+def test_threads_that_fetch_one_artifact_fetch_it_once(url, machine, s3_server):
+    made = publish(machine(url))
+    other = machine(url, "other")
+    before = len(s3_server.asked())
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: other.directory(made), range(4)))
+    assert len(set(paths)) == 1
+    got = [line for line in s3_server.asked()[before:] if line.startswith("GET") and "/files/" in line]
+    assert len(got) == len(FILES)
+
+
+# -- damage ------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_object_is_refused_and_told(url, machine):
+    """Its size is right, so a find cannot know; who reads it does, and so does verify."""
+    made = publish(machine(url))
+    spoil(url, "b.txt", b"owt")
+    other = machine(url, "other")
+    assert other.find(made.key) == made
+    with pytest.raises(ArtifactError, match=r"b\.txt does not match its sha256.*verify.*--repair"):
+        other.require(made)
+    assert not other.path(made).exists()
+    faults, moved = other.audit(made.key)
+    assert moved is None
+    assert ["b.txt does not match its sha256" in fault for fault in faults] == [True]
+    _, moved = other.audit(made.key, repair=True)
+    assert moved.startswith(f"{url}/damaged/{made.key}")
+    assert other.find(made.key) is None
+    names = objects(url)
+    assert sum(name.startswith("damaged/") for name in names) == len(FILES) + 2, "nothing is deleted"
+    assert not [name for name in names if name.startswith(("files/", "manifests/"))]
+    assert machine(url).find(made.key) == made, "who has it whole sends it again"
+    assert contents(machine(url, "third").require(made)) == FILES
+
+
+DAMAGE = {
+    "missing": (
+        lambda u, k: Objects(u).remove(next(n for n in objects(u) if n.endswith("b.txt"))),
+        "is missing",
+    ),
+    "truncated": (lambda u, k: spoil(u, "b.txt", b"t"), "has 1 bytes"),
+    "half a manifest": (lambda u, k: spoil(u, f"manifests/{k}.json", b'{"kind'), "is no JSON"),
+    "another manifest": (lambda u, k: edit(u, k, key=f"prompts-v1-{'a' * 16}"), "names prompts-v1-aaaa"),
+    "another digest": (lambda u, k: edit(u, k, digest="0" * 64), "digest"),
+    "another summary": (lambda u, k: edit(u, k, summary={"prompts": 9}), "checksum"),
+    "a way out": (
+        lambda u, k: edit(u, k, files=[{"path": "../../../tags.json", "size": 1, "sha256": "0"}]),
+        "outside the artifact",
+    ),
+}
+
+
+def edit(url, name, **changes):
+    path = f"{url}/manifests/{name}.json".partition("://")[2]
+    s3().pipe_file(path, json.dumps(json.loads(s3().cat_file(path)) | changes).encode())
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_that_names_and_sizes_show_is_found_set_aside_and_noted(url, machine, what):
+    spoiled, words = DAMAGE[what]
+    made = publish(machine(url))
+    spoiled(url, made.key)
+    other = machine(url, "other")
+    if what != "missing":
+        with pytest.raises(ArtifactError):
+            other.directory(made)
+    assert other.find(made.key) is None
+    (note,) = other.damaged()
+    assert words in note.with_name(f"{note.name}.txt").read_text()
+    assert publish(other) == made
+    assert contents(machine(url, "third").require(made)) == FILES
+
+
+def test_another_schema_version_is_an_error_and_is_left_alone(url, machine):
+    made = publish(machine(url))
+    edit(url, made.key, schema_version=99)
+    with pytest.raises(ArtifactError, match="schema version 99"):
+        machine(url, "other").find(made.key)
+    assert f"manifests/{made.key}.json" in objects(url)
+
+
+def test_a_manifest_cannot_write_outside_of_the_cache(url, machine, tmp_path):
+    made = publish(machine(url))
+    edit(url, made.key, files=[{"path": "../../../evil", "size": 3, "sha256": "0"}])
+    with pytest.raises(ArtifactError, match="outside the artifact"):
+        machine(url, "other").directory(made)
+    assert not list(tmp_path.rglob("evil"))
+
+
+# -- another content under the same name -------------------------------------------------------------------
+
+
+def test_a_refresh_elsewhere_is_seen_and_the_old_copy_dropped(url, machine):
+    one = machine(url)
+    made = publish(one)
+    other = machine(url, "other")
+    other.require(made)
+    (one.path(made) / "b.txt").write_text("2")
+    entries = one.manifest(made)
+    one.discard(made.key)
+    work = one.workspace(made.key)
+    (work / "new").write_text("n")
+    from cropi_core.content import content_digest, file_entries
+
+    files = file_entries(work)
+    renewed = one.publish(entries.model_copy(update={"files": files, "digest": content_digest(files)}))
+    assert other.find(made.key) == renewed != made
+    assert contents(other.require(renewed)) == {"new": "n"}
+    with pytest.raises(ArtifactError, match="was asked for"):
+        other.require(made)
+
+
+# -- names -------------------------------------------------------------------------------------------------
+
+
+def test_tags_records_and_beginnings_of_keys_are_shared(url, machine):
+    one = machine(url)
+    made = publish(one)
+    one.tag("best", made.key)
+    record = new_run(tiny())
+    save_run(one, record)
+    other = machine(url, "other")
+    assert other.tags() == {"best": made.key}
+    assert other.resolve("best") == other.resolve(made.key[:14]) == made.key
+    assert list_runs(other) == [record.run]
+    assert load_run(other, record.run) == record
+    save_run(other, record.model_copy(update={"status": "done"}))
+    assert load_run(one, record.run).status == "done"
+    with pytest.raises(ArtifactError, match=r"no run '\.\./tags'"):
+        load_run(other, "../tags")
+    with pytest.raises(ArtifactError, match="no artifact or tag"):
+        other.resolve("scores")
+
+
+def test_a_listing_costs_one_request_when_the_manifests_are_known(url, machine, s3_server):
+    made = [publish(machine(url), {"a": str(n)}).key for n in range(60)]
+    other = machine(url, "other")
+    assert sorted(other.keys()) == sorted(made)
+    before = len(s3_server.asked())
+    for key in other.keys():  # noqa: SIM118 - a Store is no mapping
+        other.manifest(key)
+    assert len(s3_server.asked()) - before == 1
+    other.discard(made[0])
+    assert made[0] not in machine(url).keys()  # noqa: SIM118
+    assert [name for name in objects(url) if made[0] in name] == []
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------
+
+
+def test_an_address_is_checked(machine):
+    for address, words in {
+        "s3://key:secret@bucket/x": "credentials come from the environment",
+        "file:///data/x": "give its path: /data/x",
+        "memory://x": "end with its process",
+        "s3:///x": "names no bucket",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as raised:
+            machine(address)
+        assert "secret" not in str(raised.value)
+    with pytest.raises(ConfigError, match="not installed"):
+        machine("nonsense://bucket/x").keys()
+
+
+def test_a_bucket_that_is_not_there_is_said(s3_server, machine):
+    for call in (lambda s: s.prepare(), lambda s: s.keys(), lambda s: list_runs(s)):
+        with pytest.raises(ArtifactError, match=r"s3://no-such-bucket/x failed.*make the bucket first"):
+            call(machine("s3://no-such-bucket/x"))
+
+
+def test_missing_credentials_are_said(s3_server, machine, tmp_path):
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    }
+    command = [sys.executable, "-m", "cropi_core", "artifacts", "ls", "--root", new_bucket()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "set AWS_ACCESS_KEY_ID" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_of_another_store_is_refused(url, machine):
+    store = machine(url)
+    store.prepare()
+    store.prepare()
+    Objects(url).remove("cropi.json")
+    with pytest.raises(ArtifactError, match="not the store"):
+        store.prepare()
+    with pytest.raises(ArtifactError, match="not the store"):
+        store.prepare()

@@ -1,0 +1,115 @@
+"""A whole curriculum on an S3 root: the digests of a local run, and nothing to compute on another machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from core.bucket import new_bucket, objects
+
+from cropi_core.runs import list_runs, load_run
+from cropi_core.store import Store
+from tests.e2e.tiny import computed, digests, go, settings, tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def url(s3_server):
+    return new_bucket()
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """A directory of caches for each machine; its environment."""
+    folder = tmp_path_factory.mktemp("machines")
+    return lambda name: {"CROPI_CACHE": str(folder / name)}
+
+
+@pytest.fixture(scope="module")
+def first(url, machines):
+    """The record of a run on the first machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROPI_CACHE", machines("first")["CROPI_CACHE"])
+        return go(tiny(), url)
+
+
+def test_a_run_on_s3_ends_with_the_digests_of_a_local_run(first, reference):
+    assert digests(first) == digests(reference[1])
+    assert computed(first) == computed(reference[1])
+
+
+def test_all_of_it_is_there_and_whole(first, url, machines, monkeypatch):
+    monkeypatch.setenv("CROPI_CACHE", machines("reader")["CROPI_CACHE"])
+    store = Store(url)
+    keys = {entry.ref.key for entry in first.slots.values()}
+    assert set(store.keys()) == keys
+    assert [store.audit(key) for key in sorted(keys)] == [([], None)] * len(keys)
+    assert load_run(store, list_runs(store)[0]) == first
+
+
+def test_another_machine_finds_everything_and_fetches_little(first, url, machines, monkeypatch):
+    monkeypatch.setenv("CROPI_CACHE", machines("second")["CROPI_CACHE"])
+    record = go(tiny(), url)
+    assert computed(record) == set()
+    assert digests(record) == digests(first)
+    held = {path.name for kind in ("rollouts", "gradients", "policy") for path in (Store(url).root / kind).glob("*")}
+    assert held == set(), "only prompts are read when everything is there"
+
+
+def test_another_machine_goes_on_with_another_selection(first, url, machines, monkeypatch):
+    """What changes is computed, from inputs that are fetched; what does not is found."""
+    monkeypatch.setenv("CROPI_CACHE", machines("third")["CROPI_CACHE"])
+    record = go(tiny(selection={"ratio": 0.4}, stages=1), url)
+    assert computed(record) == {"selection@1", "policy@1", "evaluation@1"}
+    assert {path.name for path in (Store(url).root / "gradients").glob("*")} == set()
+    assert Store(url).find(record.slots["policy@1"].ref.key) is not None
+
+
+def test_a_step_in_a_process_of_its_own_gives_the_same(first, machines, monkeypatch):
+    monkeypatch.setenv("CROPI_CACHE", machines("subprocess")["CROPI_CACHE"])
+    runtime = {"mode": "subprocess"}
+    other = new_bucket()
+    record = go(tiny(runtime=runtime, stages=1), other)
+    shared = {slot: digest for slot, digest in digests(first).items() if not slot.endswith("@2")}
+    assert digests(record) == shared
+    assert sum(name.startswith("manifests/") for name in objects(other)) == len(set(shared.values()))
+
+
+def cropi(*arguments, env, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        env={**os.environ, **env, "PREFECT_API_URL": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_command_line_on_s3(first, url, machines, tmp_path):
+    """`cropi run` through Prefect, and the commands that look at a root, on a machine that has nothing."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings()))
+    env = machines("terminal") | {"HOME": str(tmp_path)}
+    outcome = json.loads(cropi("run", tmp_path / "tiny.yaml", "--root", url, "--json", env=env))
+    assert {row["origin"] for row in outcome["slots"].values()} == {"cached"}, outcome
+    assert outcome["run"] == first.run
+    assert f"runs/{first.run}.html" in objects(url)
+    (row,) = json.loads(cropi("runs", "--root", url, "--json", env=env))
+    assert (row["run"], row["status"]) == (first.run, "done")
+    rows = json.loads(cropi("artifacts", "ls", "--root", url, "--json", env=env))
+    assert {row["key"] for row in rows} == {entry.ref.key for entry in first.slots.values()}
+    key = first.slots["scores@1"].ref.key
+    cropi("artifacts", "tag", "mine", key, "--root", url, env=env)
+    shown = json.loads(cropi("artifacts", "show", "mine", "--root", url, "--json", env=env))
+    assert shown["key"] == key
+    cropi("artifacts", "export", "mine", tmp_path / "out", "--root", url, env=env)
+    assert (tmp_path / "out/scores.parquet").exists()
+    assert "whole" in cropi("artifacts", "verify", "--root", url, env=env)
+    assert "0 artifacts" in cropi("artifacts", "gc", "--root", url, env=env)
+    assert first.run in cropi("report", "--root", url, env=machines("reporter") | {"HOME": str(tmp_path)})
+    plan = json.loads(cropi("plan", tmp_path / "tiny.yaml", "--root", url, "--json", env=machines("planner")))
+    assert {step["origin"] for step in plan["steps"]} == {"cached"}
