@@ -283,20 +283,50 @@ def tag(name: str, key: Key, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
+    age: Annotated[
+        float,
+        typer.Option(min=0, metavar="HOURS", help="Of an address: uploads that were cut short so long ago."),
+    ] = 24.0,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Of an address: only copies on this machine, by --keep-gb.")
+    ] = False,
+    keep_gb: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="With --cache: what may stay; the last used do.")
+    ] = 0.0,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """List the artifacts that no run and no tag needs; delete them with --yes."""
     store = Store(root)
+    if cache:
+        if store.remote is None:
+            raise ConfigError(
+                f"--cache: {store.url} is a directory and has no cache; without it gc works on it"
+            )
+        from cropi_core.cache import evict
+
+        gone = evict(store, keep_gb * 1e9, delete=yes)
+        collected("copies", [{"key": copy.path.name, "bytes": copy.size} for copy in gone], yes, as_json)
+        return
     rows = []
     for key in unnamed(store):
         rows.append({"key": key, "bytes": _size(store.manifest(key))})
         if yes:
             with store.claim(key):
                 store.discard(key)
+    for place, size in store.remote.remnants(age * 3600).items() if store.remote else ():
+        rows.append({"key": place, "bytes": size})
+        if yes and store.remote:
+            store.remote.objects.clear(place)
+    collected("artifacts", rows, yes, as_json)
+
+
+def collected(what: str, rows: list[dict[str, Any]], deleted: bool, as_json: bool) -> None:
+    """Print what was collected, or would be."""
+    total = sum(row["bytes"] for row in rows)
     if as_json:
-        print_json({"deleted": yes, "artifacts": rows, "bytes": sum(row["bytes"] for row in rows)})
+        print_json({"deleted": deleted, what: rows, "bytes": total})
         return
     print_table(("key", "size"), [(row["key"], human_bytes(row["bytes"])) for row in rows])
-    total = human_bytes(sum(row["bytes"] for row in rows))
-    typer.echo(f"{len(rows)} artifacts, {total}: {'deleted' if yes else 'nothing was deleted, --yes does'}")
+    said = "deleted" if deleted else "nothing was deleted, --yes does"
+    typer.echo(f"{len(rows)} {what}, {human_bytes(total)}: {said}")

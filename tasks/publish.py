@@ -39,7 +39,7 @@ def publish(step: StepName, root: str, slots: list[dict[str, str]]) -> None:
 
     Args:
         step: The step.
-        root: Directory of the artifact store.
+        root: Directory or address of the artifact store.
         slots: `slot`, `key` and `origin` of each artifact, in the order they were made.
     """
     store = store_at(root)
@@ -47,6 +47,8 @@ def publish(step: StepName, root: str, slots: list[dict[str, str]]) -> None:
         Shown(entry["slot"], entry["origin"], store.manifest(entry["key"]), store.path(entry["key"]))
         for entry in slots
     ]
+    if step == "selection" and shown[-1].path.exists():
+        store.directory(shown[-1].manifest.inputs["prompts"])  # whose texts the page shows
     create_markdown_artifact(view(step, shown), key=KEYS[step], description=SAYS[step])
 
 

@@ -23,6 +23,10 @@ from tasks.tables import code, escaped, figure, markdown_table, step_rows
 
 MOST_PICTURED = 4
 """Sets of prompts of which rollouts are drawn; the table has all."""
+ELSEWHERE = (
+    "No pictures: this machine found the artifacts, had no need of their files, and has no copy of them."
+)
+"""Stands on the page of a root on an object store."""
 ENDS = 8
 """Prompts listed from the top and from the bottom of the scores."""
 
@@ -60,8 +64,21 @@ def view(step: StepName, shown: Sequence[Shown]) -> str:
     keys = [
         [escaped(one.slot), one.origin, figure(one.manifest.seconds), code(one.manifest.key)] for one in shown
     ]
-    parts = [*VIEWS[step](shown), markdown_table(["slot", "origin", "seconds", "key"], keys)]
+    here = all(one.path.exists() for one in pictured(step, shown))
+    parts = [
+        *(VIEWS[step](shown) if here else [ELSEWHERE]),
+        markdown_table(["slot", "origin", "seconds", "key"], keys),
+    ]
     return "\n\n".join([*parts, f"Files of the last: {code(str(shown[-1].path))}"]) + "\n"
+
+
+def pictured(step: StepName, shown: Sequence[Shown]) -> list[Shown]:
+    """Return the artifacts whose files a page reads; of the others their manifests are enough."""
+    if step == "training":
+        return list(shown)
+    if step == "gradients":
+        return [next((one for one in reversed(shown) if one.slot.startswith("gradients/pool")), shown[-1])]
+    return [shown[-1]] if step in ("scores", "selection") else []
 
 
 def _table(columns: str, rows: list[list[str]]) -> str:
@@ -113,7 +130,7 @@ def _gradients(shown: Sequence[Shown]) -> list[str]:
 
     counts = [(one.slot, [one.summary["status"].get(s, 0) for s in STATUSES]) for one in shown[-12:]]
     parts = [_drawn(bars, "Prompts by status", counts, STATUSES, stacked=True)]
-    last = next((one for one in reversed(shown) if one.slot.startswith("gradients/pool")), shown[-1])
+    (last,) = pictured("gradients", shown)
     store = GradientStore.open(last.path / GRADIENTS)
     live = store.column("status") == STATUSES.index("ok")
     for name, said in (("norm", "Gradient norm"), ("ess", "Effective sample size")):

@@ -440,3 +440,61 @@ def test_a_cache_of_another_store_is_refused(url, machine):
         store.prepare()
     with pytest.raises(ArtifactError, match="not the store"):
         store.prepare()
+
+
+# -- collecting --------------------------------------------------------------------------------------------
+
+
+def gc(url, *arguments):
+    command = [sys.executable, "-m", "cropi_core", "artifacts", "gc", "--json", "--root", url, *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_gc_removes_what_nothing_names_and_uploads_that_were_cut_short(url, machine):
+    store = machine(url)
+    kept, loose, cut = [publish(store, {"a": name * 1000}) for name in ("kept", "loose", "cut")]
+    store.tag("best", kept.key)
+    Objects(url).remove(f"manifests/{cut.key}.json")
+    before = objects(url)
+    listed = gc(url)
+    assert [row["key"] for row in listed["artifacts"]] == [loose.key], "an upload may be under way for a day"
+    assert objects(url) == before
+    listed = gc(url, "--age", "0")
+    assert {row["key"] for row in listed["artifacts"]} == {loose.key, f"files/{cut.key}/{cut.digest[:16]}"}
+    gc(url, "--age", "0", "--yes")
+    assert {name.split("/")[1] for name in objects(url) if name.startswith("files/")} == {kept.key}
+    assert machine(url, "other").audit(kept.key) == ([], None)
+    assert machine(url, "other").keys() == [kept.key]
+
+
+def test_the_cache_gives_up_what_was_used_longest_ago_and_never_what_others_lack(url, machine):
+    store = machine(url)
+    made = [publish(store, {"a": f"{n}" * 1000}) for n in range(5)]
+    Objects(url).remove(f"manifests/{made[0].key}.json")
+    for ref, age in zip(made, (9000, 8000, 7000, 6000, 60), strict=True):
+        os.utime(store.path(ref), (0, store.path(ref).stat().st_mtime - age))
+    with store.in_use([made[1]]):
+        assert gc(url, "--cache")["bytes"] == 2000
+        gone = gc(url, "--cache", "--keep-gb", "0.000004", "--yes")
+        assert [row["key"] for row in gone["copies"]] == [made[2].key]
+        assert [store.path(ref).exists() for ref in made] == [True, True, False, True, True]
+    gone = gc(url, "--cache", "--yes")
+    assert {row["key"] for row in gone["copies"]} == {made[1].key, made[3].key}
+    assert contents(store.require(made[2])) == {"a": "2" * 1000}
+    assert store.find(made[0].key) == made[0]
+    assert contents(machine(url, "other").require(made[0])) == {"a": "0" * 1000}
+
+
+def test_using_a_copy_makes_it_the_last_to_go(url, machine):
+    store = machine(url)
+    made = [publish(store, {"a": str(n)}) for n in range(2)]
+    for ref in made:
+        os.utime(store.path(ref), (0, 0))
+    store.require(made[0])
+    assert [row["key"] for row in gc(url, "--cache")["copies"]] == [made[1].key]
+
+
+def test_a_directory_has_no_cache(tmp_path):
+    command = [sys.executable, "-m", "cropi_core", "artifacts", "gc", "--cache", "--root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "is a directory and has no cache" in done.stderr) == (2, True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from core.bucket import new_bucket, objects
 
-from cropi_core.runs import list_runs, load_run
+from cropi_core.runs import load_run
 from cropi_core.store import Store
 from tests.e2e.tiny import computed, digests, go, settings, tiny
 
@@ -45,9 +45,9 @@ def test_all_of_it_is_there_and_whole(first, url, machines, monkeypatch):
     monkeypatch.setenv("CROPI_CACHE", machines("reader")["CROPI_CACHE"])
     store = Store(url)
     keys = {entry.ref.key for entry in first.slots.values()}
-    assert set(store.keys()) == keys
+    assert set(store.keys()) >= keys
     assert [store.audit(key) for key in sorted(keys)] == [([], None)] * len(keys)
-    assert load_run(store, list_runs(store)[0]) == first
+    assert load_run(store, first.run) == first
 
 
 def test_another_machine_finds_everything_and_fetches_little(first, url, machines, monkeypatch):
@@ -55,7 +55,11 @@ def test_another_machine_finds_everything_and_fetches_little(first, url, machine
     record = go(tiny(), url)
     assert computed(record) == set()
     assert digests(record) == digests(first)
-    held = {path.name for kind in ("rollouts", "gradients", "policy") for path in (Store(url).root / kind).glob("*")}
+    held = {
+        path.name
+        for kind in ("rollouts", "gradients", "policy")
+        for path in (Store(url).root / kind).glob("*")
+    }
     assert held == set(), "only prompts are read when everything is there"
 
 
@@ -98,10 +102,10 @@ def test_the_command_line_on_s3(first, url, machines, tmp_path):
     assert {row["origin"] for row in outcome["slots"].values()} == {"cached"}, outcome
     assert outcome["run"] == first.run
     assert f"runs/{first.run}.html" in objects(url)
-    (row,) = json.loads(cropi("runs", "--root", url, "--json", env=env))
-    assert (row["run"], row["status"]) == (first.run, "done")
+    rows = json.loads(cropi("runs", "--root", url, "--json", env=env))
+    assert (first.run, "done") in [(row["run"], row["status"]) for row in rows]
     rows = json.loads(cropi("artifacts", "ls", "--root", url, "--json", env=env))
-    assert {row["key"] for row in rows} == {entry.ref.key for entry in first.slots.values()}
+    assert {row["key"] for row in rows} >= {entry.ref.key for entry in first.slots.values()}
     key = first.slots["scores@1"].ref.key
     cropi("artifacts", "tag", "mine", key, "--root", url, env=env)
     shown = json.loads(cropi("artifacts", "show", "mine", "--root", url, "--json", env=env))

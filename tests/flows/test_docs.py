@@ -67,6 +67,21 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "processed_logprobs --generation-config vllm --host 127.0.0.1 --port 8000": "tests/core/test_vllm.py",
     "cropi rollouts --engine vllm --policy CHECKPOINT --prompts prompts.parquet --out parts -o "
     "'runtime.vllm.base_urls=[http://127.0.0.1:8000/v1]'": "tests/core/test_vllm.py",
+    **dict.fromkeys(
+        [
+            "pip install 'cropi[s3]'",
+            "export AWS_ACCESS_KEY_ID=ID AWS_SECRET_ACCESS_KEY=SECRET",
+            "cropi run my.yaml --root s3://bucket/prefix",
+            "cropi artifacts ls --root s3://bucket/prefix",
+            "CROPI_ROOT=s3://bucket/prefix cropi runs",
+            "cropi artifacts gc --root s3://bucket/prefix",
+            "cropi artifacts gc --root s3://bucket/prefix --yes",
+            "cropi artifacts gc --root s3://bucket/prefix --cache --keep-gb 50",
+            "cropi artifacts gc --root s3://bucket/prefix --cache --keep-gb 50 --yes",
+            "cropi artifacts verify --root s3://bucket/prefix",
+        ],
+        "a bucket; tests/core/test_remote.py and tests/e2e/test_remote_run.py have one",
+    ),
     "prefect server start": "tests/flows/test_shared_server.py",  # the first of two, for PostgreSQL
 }
 
