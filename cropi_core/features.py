@@ -10,6 +10,7 @@ low-rank adapters, and modules that are elementwise affine in their vectors (nor
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -26,17 +27,22 @@ from cropi_core.head import Head, Weigh
 from cropi_core.packed_attention import NAME, attending
 from cropi_core.packing import Pack
 from cropi_core.projection import ParameterSketch, build_sketches, dimension, fold, width
+from cropi_core.recompute import recomputing
 from data_schemas.config import Projection
 
 
 @dataclass
 class _Pass:
-    """State of the pass under way: indicator is (prompts, N), one where a token is the prompt's."""
+    """State of the pass under way: indicator is (prompts, N), one where a token is the prompt's.
+
+    ``recorded`` says that the forward is over.
+    """
 
     pack: Pack
     out: Tensor
     indicator: Tensor
     seen: set[str] = field(default_factory=set)
+    recorded: bool = False
 
 
 class FeatureEngine:
@@ -88,11 +94,13 @@ class FeatureEngine:
 
     def logprobs(self, pack: Pack, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log π_θ of the completion tokens and the policy's entropy there in nats, both (M,), no gradients."""
-        with torch.no_grad():
+        with torch.no_grad(), attending(pack):
             hidden = self._body(pack)
             return self.head.logprobs(hidden[pack.predict], pack.targets, temperature)
 
-    def project(self, pack: Pack, temperature: float, weigh: Weigh, out: Tensor) -> None:
+    def project(
+        self, pack: Pack, temperature: float, weigh: Weigh, out: Tensor, *, recompute: bool = False
+    ) -> None:
         """Add the sketches of Σ c_it ∇ log π_θ of every prompt.
 
         Args:
@@ -100,6 +108,7 @@ class FeatureEngine:
             temperature: Of the distribution.
             weigh: Called once for each prompt, see :data:`cropi_core.head.Weigh`.
             out: (prompts, width) float32 accumulators, see :meth:`accumulators`.
+            recompute: Keep no layer's activations, see :func:`cropi_core.recompute.recomputing`; the same numbers.
 
         Raises:
             ProjectionError: A planned parameter got no contribution: its module was not called, or is cut off.
@@ -108,9 +117,11 @@ class FeatureEngine:
         owner = torch.arange(prompts).repeat_interleave(lengths).to(out.device)
         indicator = (owner[None] == torch.arange(prompts, device=out.device)[:, None]).float()
         self._pass = _Pass(pack, out, indicator)
+        forget = recomputing(self.model.get_decoder()) if recompute else nullcontext()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), attending(pack), forget:
                 hidden = self._body(pack)
+                self._pass.recorded = True
                 below = torch.zeros_like(hidden)
                 found = self.head.backward(
                     hidden.detach()[pack.predict],
@@ -142,10 +153,9 @@ class FeatureEngine:
     def _body(self, pack: Pack) -> Tensor:
         """Run the model up to its last hidden state, (N, d)."""
         body: Any = self.model.get_decoder()
-        with attending(pack):
-            return body(
-                input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False
-            ).last_hidden_state[0]
+        return body(
+            input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False
+        ).last_hidden_state[0]
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +187,8 @@ class FeatureEngine:
             )
 
         def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._pass is None or not torch.is_grad_enabled():
+            # In a backward pass a layer may be computed again; what it is watched by hangs on its first output.
+            if self._pass is None or self._pass.recorded or not torch.is_grad_enabled():
                 return output
             deliver = watch(module, inputs[0].detach())
             output = _start_graph(module, inputs, output)

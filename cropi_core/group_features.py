@@ -110,7 +110,8 @@ def project_groups(
     """Compute the features of groups and the figures of each, in one forward and one backward.
 
     A single group past the budget is cut into pieces of completions: the weights of the whole group come from a
-    forward of their own, and the pieces' gradients are summed.
+    forward of their own, and the pieces' gradients are summed. A single completion past the budget is read without
+    keeping activations.
 
     Returns:
         (prompts, k) features, and per prompt its figures.
@@ -129,14 +130,15 @@ def project_groups(
 
     cuts = _pieces(groups[0], budget) if len(groups) == 1 else []
     if len(cuts) < 2:
-        engine.project(_pack(groups, engine), temperature, weigh, out)
+        pack = _pack(groups, engine)
+        engine.project(pack, temperature, weigh, out, recompute=len(pack.ids) > budget)
         return engine.features(out), found
     packs = [make_pack([groups[0].prompt], [groups[0].completions[cut]], out.device) for cut in cuts]
     read = [engine.logprobs(pack, temperature) for pack in packs]
     weights = weigh(range(1), torch.cat([lp for lp, _ in read]), torch.cat([e for _, e in read]))
     parts = weights.split([len(pack.targets) for pack in packs])
     for pack, part in zip(packs, parts, strict=True):
-        engine.project(pack, temperature, lambda *_, part=part: part, out)
+        engine.project(pack, temperature, lambda *_, part=part: part, out, recompute=len(pack.ids) > budget)
     return engine.features(out), found
 
 

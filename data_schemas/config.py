@@ -189,7 +189,10 @@ class Runtime(Section):
     )
     generation_rows: int = Field(default=256, ge=1, description="Sequences generated together.")
     token_budget: int = Field(
-        default=8192, ge=1, description="Tokens of one gradient pass; halved when memory runs out."
+        default=8192,
+        ge=1,
+        description="Tokens of one gradient pass; halved when memory runs out. A longer completion is read alone, and "
+        "its activations are computed twice instead of kept.",
     )
     workers: int = Field(default=1, ge=1, description="Processes computing gradient shards.")
     ray: Ray | None = Field(default=None, description="Gradient shards on a Ray cluster instead.")

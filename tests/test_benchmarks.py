@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
         }
         | {"speedup_over_recipe_and_dense", "bfloat16", "prompts", "k"},
     ),
+    "long": (["--tokens", "40"], {"policy", "gb_limit", "lengths"}),
     "plan": (
         ["-o", "stages=1", "-o", "training.steps=2"],
         {

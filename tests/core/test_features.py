@@ -116,9 +116,13 @@ def test_feature_is_the_gradient(tmp_path, kind, tie):
     policy = save_tiny(tmp_path / "policy", kind, tie=tie)
     rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3)
     store = extract(tmp_path, policy, rollouts)
+    long = extract(
+        tmp_path, policy, rollouts, "long", token_budget=1
+    )  # every completion alone, its layers twice
     expected = reference(policy, rollouts, Objective(), 1.0)
     for i, name in enumerate(store.column("prompt_id")):
         row = store.rows(i, i + 1)[0]
+        assert relative(long.rows(i, i + 1)[0], row) < 2e-6
         assert relative(row, expected[name]) < 1e-5
         assert store.column("norm")[i] == pytest.approx(np.linalg.norm(expected[name]), rel=1e-5)
 
@@ -144,6 +148,31 @@ def test_temperature_is_that_of_the_rollouts(tmp_path):
     at_one = reference(policy, rollouts, Objective(), 1.0)
     assert relative(store.rows(0, 1)[0], at_half["p0"]) < 1e-5
     assert relative(store.rows(0, 1)[0], at_one["p0"]) > 0.1
+
+
+def test_layers_that_are_recomputed_keep_nothing_but_their_inputs(tmp_path):
+    """What autograd saves in the forward does not grow with what is inside of a layer, and the sketch is the same."""
+    model, _ = load_policy(save_tiny(tmp_path / "policy", "llama"), "float32", "cpu")
+    engine = FeatureEngine(model, Projection(k=64, dtype="float32"))
+    pack = make_pack([[1, 2, 3]], [[[4, 5, 6, 7, 8]]], torch.device("cpu"))
+    saved, rows = {}, {}
+    for recompute in (False, True):
+        out, kept = engine.accumulators(1), []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.numel())
+            return tensor
+
+        def ones(prompts, logprobs, entropy):
+            saved[recompute] = sum(kept)  # noqa: B023 - called inside of the loop
+            return torch.ones(len(logprobs))
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.project(pack, 1.0, ones, out, recompute=recompute)
+        rows[recompute] = engine.features(out)
+    engine.close()
+    assert torch.equal(rows[False], rows[True])
+    assert saved[True] < saved[False] / 3
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
@@ -203,7 +232,7 @@ def test_dead_prompts_cost_nothing_and_say_why(tmp_path, monkeypatch):
     seen = []
     project = FeatureEngine.project
     monkeypatch.setattr(
-        FeatureEngine, "project", lambda s, b, *a: seen.append(len(b.lengths)) or project(s, b, *a)
+        FeatureEngine, "project", lambda s, b, *a, **o: seen.append(len(b.lengths)) or project(s, b, *a, **o)
     )
     store = extract(tmp_path, policy, rollouts)
     assert store.column("status").tolist() == [1, 3, 0]

@@ -1,0 +1,98 @@
+"""Measure memory and time of the feature of one long completion, its activations kept and computed twice.
+
+    python benchmarks/long.py [--policy DIR] [--tokens 1024 8192] [--json long.json]
+
+Each measurement has a process of its own: the peak of its resident memory, less what it had with the policy loaded, and
+its processor seconds. ``gb_limit`` bounds the address space: a measurement that does not fit is recorded as null.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine, write_figures
+
+from cropi_core.features import FeatureEngine
+from cropi_core.packing import make_pack
+from cropi_core.policy import load_policy
+from cropi_core.resident import peak_resident, resident
+from cropi_core.world import base_checkpoint
+from data_schemas.config import Projection
+
+PROMPT = 64
+
+
+def measure(policy: Path, tokens: int, recompute: bool, gb_limit: float) -> dict[str, float] | None:
+    """Compute one feature; None where memory does not suffice."""
+    model, _ = load_policy(policy, "float32", "cpu")
+    engine = FeatureEngine(model, Projection())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (PROMPT + tokens,), generator=generator).tolist()
+    pack = make_pack([ids[:PROMPT]], [[ids[PROMPT:]]], torch.device("cpu"))
+    out, before, began = engine.accumulators(1), resident(), time.process_time()
+    bound = int(gb_limit * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    try:
+        engine.project(pack, 1.0, lambda _, logprobs, __: torch.ones_like(logprobs), out, recompute=recompute)
+    except (RuntimeError, MemoryError) as error:
+        if "allocate memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return None
+    return {"peak_mb": (peak_resident() - before) / 1e6, "cpu_seconds": time.process_time() - began}
+
+
+def apart(arguments: list[str]) -> Any:
+    """Measure in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--one"], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure every length both ways."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", type=Path, default=base_checkpoint())
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--gb-limit", type=float, default=20.0)
+    parser.add_argument("--recompute", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        print(json.dumps(measure(options.policy, options.tokens[0], options.recompute, options.gb_limit)))
+        return
+    rows = []
+    for tokens in options.tokens:
+        arguments = [
+            "--policy",
+            str(options.policy),
+            "--tokens",
+            str(tokens),
+            "--gb-limit",
+            str(options.gb_limit),
+        ]
+        kept, twice = apart(arguments), apart([*arguments, "--recompute"])
+        ratios = {
+            f"{name}_ratio": twice[name] / kept[name] if kept and twice else None
+            for name in ("peak_mb", "cpu_seconds")
+        }
+        rows.append({"tokens": tokens, "kept": kept, "twice": twice, **ratios})
+        print(rows[-1], file=sys.stderr)
+    write_figures(
+        {"machine": machine(), "policy": options.policy.name, "gb_limit": options.gb_limit, "lengths": rows},
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
