@@ -15,7 +15,8 @@ from typing import Any, Literal
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
 from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
 from cropi_core.errors import SelectionError
-from cropi_core.prompts import check_disjoint
+from cropi_core.grading_keys import grading_location, key_settings
+from cropi_core.prompts import check_disjoint, check_verifiers
 from cropi_core.running import Execute, Run
 from cropi_core.runs import load_run, run_id
 from cropi_core.slots import pin_for, slots, source_settings
@@ -44,6 +45,7 @@ class Curriculum:
     ) -> None:
         self.config = config
         self.approve = approve
+        self.graders = grading_location(config.grading)
         self.run = Run(config, store, execute, notify)
 
     def execute(self) -> RunRecord:
@@ -70,7 +72,9 @@ class Curriculum:
         for name, (split, source) in sources.items():
             settings, location = source_settings(source, split)
             sets[name] = self.run.step("prompts", f"prompts/{name}", settings, location=location)
-        check_disjoint({name: self.run.store.directory(ref) for name, ref in sets.items()})
+        paths = {name: self.run.store.directory(ref) for name, ref in sets.items()}
+        check_verifiers(paths, self.config.grading.verifiers)
+        check_disjoint(paths)
         return sets
 
     def _base_policy(self) -> ArtifactRef:
@@ -82,7 +86,7 @@ class Curriculum:
         )
 
     def _model_settings(self) -> dict[str, Any]:
-        return {"dtype": self.config.policy.dtype, "grading": self.config.grading.for_key()}
+        return {"dtype": self.config.policy.dtype, "grading": key_settings(self.config.grading)}
 
     def _rollouts(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]
@@ -104,7 +108,7 @@ class Curriculum:
             **({} if rollouts.engine == "transformers" else {"engine": rollouts.engine}),
         }
         inputs = {"policy": policy, "prompts": prompts}
-        ref = self.run.step("rollouts", f"rollouts/{name}@{stage}", settings, inputs)
+        ref = self.run.step("rollouts", f"rollouts/{name}@{stage}", settings, inputs, self.graders)
         self._warn(f"rollouts/{name}@{stage}", ref)
         return ref
 
@@ -305,13 +309,13 @@ class Curriculum:
             "objective": config.objective.model_dump(include={"loss_type", "scale_rewards", "clip_epsilon"}),
             "seed": config.seed + stage,
         }
-        return self.run.step("training", f"policy@{stage}", settings, inputs)
+        return self.run.step("training", f"policy@{stage}", settings, inputs, self.graders)
 
     def _evaluate(self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]) -> None:
         names = [*self.config.data.validation, *self.config.data.test]
         inputs = {"policy": policy} | {f"prompts.{name}": sets[name] for name in names}
         settings = {**self._model_settings(), "evaluation": self.config.evaluation.for_key()}
-        ref = self.run.step("evaluation", f"evaluation@{stage}", settings, inputs)
+        ref = self.run.step("evaluation", f"evaluation@{stage}", settings, inputs, self.graders)
         self._warn(f"evaluation@{stage}", ref)
 
 

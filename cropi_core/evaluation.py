@@ -56,7 +56,7 @@ def evaluate(
         accuracy: JSON file to write: :func:`set_accuracy` by set.
         scratch: Directory of the shards; removed at the end.
         settings: Sampling and seed.
-        grading: Limits of the verifier.
+        grading: Verifiers and their limits.
         dtype: Weights' type.
         runtime: Device, threads and rows generated together; servers of vLLM.
         report: Told the prompts done, over all sets.

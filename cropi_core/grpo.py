@@ -21,7 +21,7 @@ from cropi_core.processes import ALONE, Processes
 from cropi_core.progress import Progress, Report
 from cropi_core.sampling import Completion, sample
 from cropi_core.training_metrics import TrainingError, check_finite
-from cropi_core.verifiers import Verifier
+from cropi_core.verifiers import Item, Verifier
 from data_schemas.config import Training
 
 try:
@@ -153,7 +153,10 @@ class Stage:
             _: What else TRL passes.
         """
         rows = [self.rows[name] for name in prompts]
-        items = [(row["verifier"], text, row["answer"]) for row, text in zip(rows, completions, strict=True)]
+        items = [
+            Item(row["verifier"], text, row["answer"], row["messages"])
+            for row, text in zip(rows, completions, strict=True)
+        ]
         rewards = [grade.reward for grade in self.verifier.grade_many(items)]
         log_metric("not_gradable", float(sum(r is None for r in rewards)))
         return rewards

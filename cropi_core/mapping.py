@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from cropi_core.answers import final_answer
 from cropi_core.prompt_rows import (
     BOXED,
     Row,
@@ -22,7 +23,6 @@ from cropi_core.prompt_rows import (
     type_name,
 )
 from cropi_core.tables import Faults
-from cropi_core.verifier_worker import final_answer
 from data_schemas.config import Columns, TableSource
 
 Turns = list[dict[str, Any]]

@@ -11,10 +11,12 @@ from typing import Any
 
 from cropi_core.errors import ConfigError
 from cropi_core.tables import Faults
-from cropi_core.verifiers import VERIFIERS
 from data_schemas.arrow import PROMPTS
 from data_schemas.config import TableSource
+from data_schemas.grading import VERIFIERS
 
+VERIFIER_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
+"""Which of them there are is known where a configuration is: :func:`cropi_core.prompts.check_verifiers`."""
 ROLES = ("system", "user", "assistant")
 BOXED = "boxed"
 """An ``answer_pattern`` that is no regular expression: one that follows nested braces took 32 s for 21 kB of them."""
@@ -79,8 +81,8 @@ def checked_rows(rows: list[Row], what: str) -> list[Row]:
         for name in ("prompt_id", "source", "answer", "verifier"):
             if name in present:
                 _string(row, name, number, faults)
-        if isinstance(row.get("verifier"), str) and row["verifier"] not in VERIFIERS:
-            faults.add(f"verifier {row['verifier']!r} is none of {', '.join(VERIFIERS)}", number)
+        if isinstance(verifier := row.get("verifier"), str) and not VERIFIER_NAME.fullmatch(verifier):
+            faults.add(f"verifier {verifier!r} is no name; built in are {', '.join(VERIFIERS)}", number)
         if "messages" in present and (fault := messages_fault(row.get("messages"))):
             faults.add(fault, number)
         if not isinstance(row.get("level"), str | None):

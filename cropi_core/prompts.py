@@ -10,6 +10,7 @@ duplicates of rows that had no id of their own, and these are counted.
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,27 @@ def summarise(table: pa.Table) -> dict[str, Any]:
         "by_source": dict(sorted(sources.items())),
         "by_level": dict(sorted(levels.items())),
     }
+
+
+def check_verifiers(sets: dict[str, Path], known: Sequence[str]) -> None:
+    """Refuse prompts that nothing could grade, before anything is sampled.
+
+    Args:
+        sets: As of :func:`check_disjoint`.
+        known: Names of the verifiers there are.
+
+    Raises:
+        ConfigError: Every set that names others, with these.
+    """
+    faults = []
+    for name, path in sets.items():
+        table = read_parquet(path / "prompts.parquet" if path.is_dir() else path)
+        if strangers := sorted(set(table["verifier"].to_pylist()) - set(known)):
+            faults.append(f"{name}: verifier {', '.join(map(repr, strangers))} is none of {', '.join(known)}")
+    if faults:
+        raise ConfigError(
+            "; ".join(faults) + "; define it in grading.functions or grading.http, or map the column"
+        )
 
 
 def check_disjoint(sets: dict[str, Path]) -> None:

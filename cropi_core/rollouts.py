@@ -20,7 +20,7 @@ from cropi_core.parity import Parity
 from cropi_core.progress import Progress, Report
 from cropi_core.prompts import read_prompts
 from cropi_core.tables import write_parquet
-from cropi_core.verifiers import Grade, Verifier
+from cropi_core.verifiers import Grade, Item, Verifier, open_verifier
 from cropi_core.vllm.checks import limits_of
 from data_schemas.arrow import ROLLOUTS
 from data_schemas.config import Engine, Grading, Runtime, Sampling, Vllm
@@ -54,7 +54,7 @@ def collect(
         prompts: Prompts table (Parquet).
         out: Directory of the parts.
         sampling: Distribution and number of samples.
-        grading: Limits of the verifier.
+        grading: Verifiers and their limits.
         dtype: Weights' type.
         seed: See :func:`cropi_core.sampling.sample`.
         shard_prompts: Prompts a part.
@@ -86,7 +86,8 @@ def collect(
     done = len(rows) - sum(map(len, missing.values()))
     if missing:
         with ExitStack() as stack:
-            verifier = stack.enter_context(Verifier(timeout=grading.timeout_s, memory_mb=grading.memory_mb))
+            verifier = stack.enter_context(open_verifier(grading))
+            verifier.check(table["verifier"].to_pylist())
             if sampler is None:
                 logs = logs or out.with_name(f"{out.name}.logs")
                 sampler = stack.enter_context(
@@ -133,7 +134,7 @@ def _graded(verifier: Verifier, rows: list[dict[str, Any]], shard: Sampled) -> p
         rows, shard.prompts, shard.groups, shard.texts, strict=True
     ):
         for i, (completion, text) in enumerate(zip(group, texts, strict=True)):
-            items.append((row["verifier"], text, row["answer"]))
+            items.append(Item(row["verifier"], text, row["answer"], row["messages"]))
             records.append(
                 {
                     "prompt_id": prompt_id,
@@ -259,10 +260,15 @@ def summarise(table: pa.Table, sources: dict[str, str]) -> dict[str, Any]:
         "not_gradable": int(np.isnan(rewards).sum()),
         "truncated": table["finish_reason"].to_pylist().count("length"),
         "no_variance": dead,
-        "pass_rate_histogram": np.histogram(list(means.values()), bins=10, range=(0, 1))[0].tolist(),
+        "pass_rate_histogram": _tenths(list(means.values())),
         "pass_rate_by_source": {s: float(np.mean(v)) for s, v in sorted(by_source.items())},
         "sampling": json.loads(metadata[b"cropi.sampling"]) if b"cropi.sampling" in metadata else None,
     }
+
+
+def _tenths(means: list[float]) -> list[int]:
+    """Count mean rewards in ten bins from 0 to 1; what lies outside is counted at the ends."""
+    return np.histogram(np.clip(means, 0, 1), bins=10, range=(0, 1))[0].tolist()
 
 
 def _binned(lengths: np.ndarray) -> dict[str, list[int]]:

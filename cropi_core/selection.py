@@ -161,27 +161,28 @@ def worth(evidence: Evidence, settings: Selection) -> np.ndarray:
 
     * ``influence``: the fused score.
     * ``grad_norm``: ‖∇J‖ of prompts with a gradient.
-    * ``learnability``: p(1 − p), which is the variance of a reward of 0 or 1; none where it is zero.
+    * ``learnability``: p(1 − p), which is the variance of a reward of 0 or 1, and of partial credit its upper bound;
+      none where it is zero.
     * ``pass_rate``: −|p − target|.
     * ``random``, ``full``: none, their order needs none.
 
     Raises:
         ConfigError: The strategy is unknown.
-        SelectionError: ``learnability`` of rewards that are not between 0 and 1.
+        SelectionError: ``learnability`` or ``pass_rate`` of rewards that are not between 0 and 1.
     """
     p, nothing = evidence.pass_rate, np.full(len(evidence.prompt_ids), np.nan)
     status = np.array(evidence.status)
     known = np.where(status == TOO_FEW, np.nan, p)
+    if settings.strategy in ("learnability", "pass_rate") and ((p < 0) | (p > 1)).any():
+        raise SelectionError(
+            f"selection.strategy={settings.strategy} takes rewards between 0 and 1; mean rewards here go from "
+            f"{np.nanmin(p):.3g} to {np.nanmax(p):.3g}"
+        )
     if settings.strategy == "influence":
         values = np.where(np.isnan(evidence.rank), np.nan, evidence.score)
     elif settings.strategy == "grad_norm":
         values = np.where(status == "ok", evidence.grad_norm, np.nan)
     elif settings.strategy == "learnability":
-        if ((p < 0) | (p > 1)).any():
-            raise SelectionError(
-                f"learnability p(1-p) takes rewards between 0 and 1; mean rewards here go from "
-                f"{np.nanmin(p):.3g} to {np.nanmax(p):.3g}"
-            )
         values = np.where(known * (1 - known) > 0, known * (1 - known), np.nan)
     elif settings.strategy == "pass_rate":
         values = -np.abs(known - settings.pass_rate_target)

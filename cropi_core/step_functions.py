@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from cropi_core.content import SCRATCH
+from cropi_core.grading_keys import grading_of
 from cropi_core.steps import Work
 from data_schemas.config import (
     Evaluation,
     Gradients,
-    Grading,
     Objective,
     Projection,
     Sampling,
@@ -83,7 +83,7 @@ def rollouts_step(work: Work) -> dict[str, Any]:
         prompts=work.inputs["prompts"] / PROMPTS_FILE,
         out=work.out / ROLLOUTS,
         sampling=Sampling.model_validate(settings["sampling"]),
-        grading=Grading.model_validate(settings["grading"]),
+        grading=grading_of(work.spec),
         dtype=settings["dtype"],
         seed=settings["seed"],
         shard_prompts=settings["shard_prompts"],
@@ -180,7 +180,7 @@ def training_step(work: Work) -> dict[str, Any]:
         "scratch": work.out / SCRATCH,
         "training": Training.model_validate(settings["training"]),
         "objective": Objective.model_validate(settings["objective"]),
-        "grading": Grading.model_validate(settings["grading"]),
+        "grading": grading_of(work.spec),
         "dtype": settings["dtype"],
         "seed": settings["seed"],
         "runtime": work.runtime,
@@ -213,7 +213,7 @@ def evaluation_step(work: Work) -> dict[str, Any]:
         accuracy=work.out / ACCURACY_FILE,
         scratch=work.out / SCRATCH,
         settings=Evaluation.model_validate(settings["evaluation"]),
-        grading=Grading.model_validate(settings["grading"]),
+        grading=grading_of(work.spec),
         dtype=settings["dtype"],
         runtime=work.runtime,
         report=work.report,

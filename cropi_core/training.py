@@ -39,7 +39,7 @@ from cropi_core.prompts import read_prompts
 from cropi_core.tables import read_parquet, write_parquet
 from cropi_core.training_metrics import TrainingError, metrics_table, reward_summary, token_counts
 from cropi_core.trl_arguments import trainer_arguments
-from cropi_core.verifiers import Verifier
+from cropi_core.verifiers import open_verifier
 from data_schemas.config import Grading, Objective, Runtime, Training
 
 
@@ -78,7 +78,7 @@ def train(
         scratch: Directory of the checkpoints inside the stage; removed at the end.
         training: The stage.
         objective: Loss type, reward scaling and clip.
-        grading: Limits of the verifier.
+        grading: Verifiers and their limits.
         dtype: What the forward computes in.
         seed: Of the order of prompts and of the completions.
         runtime: Device, threads, micro-batch, checkpoint interval.
@@ -112,7 +112,8 @@ def train(
     start = last_whole(scratch)
     watch = Watch(training.steps, report if processes.rank == 0 else silent)
     below = base or policy
-    with quiet(), Verifier(timeout=grading.timeout_s, memory_mb=grading.memory_mb) as verifier:
+    with quiet(), open_verifier(grading) as verifier:
+        verifier.check(row["verifier"] for row in rows)
         model, tokenizer = load_policy(below, "float32", str(device))
         original = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
         arguments = trainer_arguments(

@@ -2,7 +2,7 @@
 
 JSON lines both ways, one reply a request, in order:
 
-    parent -> {"memory_mb": 1024, "alarm": 10.0, "math": true, "functions": {"name": "module:function"}}
+    parent -> {"memory_mb": 1024, "alarm": 10.0, "math": true, "functions": {"name": ["file.py:grade", "sha256"]}}
     worker -> {"errors": {"name": "ModuleNotFoundError: ..."}}
     parent -> ["numeric", "The answer is 18.", "18"]
     worker -> [1.0, "", false]               reward or null, reason, whether this worker must be replaced
@@ -15,6 +15,7 @@ inside one long C call, where a watchdog thread would never run. Nothing here ma
 
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import json
 import logging
@@ -25,12 +26,13 @@ import re
 import resource
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import lru_cache
-from types import FrameType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
+
+from cropi_core.answers import NotGradableError, choice, exact, final_answer, numeric
 
 PARENT_DIED = signal.SIGUSR2
 """Not SIGKILL: the kernel also sends it when only the *thread* that started the worker has ended, and the
@@ -40,79 +42,17 @@ STARTUP_SECONDS = 60.0
 REASON_CHARACTERS = 200
 PR_SET_PDEATHSIG = 1
 
+SUFFIX = ".py"
+"""Ends the place of a function that is a file and no module."""
+
+LARGEST = 1e6
+"""A reward beyond this is taken for a mistake; rewards are stored as float32 and squared."""
+
 VerifierFunction = Callable[[str, str], object]
-
-
-class NotGradableError(ValueError):
-    """The answer does not hold what the verifier compares with."""
-
-
-def exact(completion: str, answer: str) -> float:
-    """Compare the stripped strings."""
-    return float(completion.strip() == answer.strip())
-
-
-# A digit inside a word (m2, H2O) is no number; a minus after a digit, a word or a bracket (5-3) subtracts.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])(?P<sign>[-+\u2212]))?(?:\\?\$(?P<inner>[-\u2212])?)?(?<!\w)"
-    rf"(?P<top>{_DIGITS})(?:[eE](?P<exp>[-+]?\d{{1,3}})(?!\d))?(?:\s?/\s?(?P<bottom>{_DIGITS}))?"
-)
-_FRAC = re.compile(r"\\[dt]?frac\s*\{(-?[\d.,]+)\}\s*\{([\d.,]+)\}")
-_MAX_DIGITS = (
-    400  # int() refuses 4,300 digits with a ValueError, which would make a wrong number "not gradable"
-)
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    """Convert one match to a rational; None for a division by zero or a literal of absurd length."""
-    top, bottom = match["top"].replace(",", ""), (match["bottom"] or "1").replace(",", "")
-    if len(top) > _MAX_DIGITS or len(bottom) > _MAX_DIGITS or Fraction(bottom) == 0:
-        return None
-    value = Fraction(f"{top}e{match['exp'] or 0}") / Fraction(bottom)
-    return -value if (match["sign"] or match["inner"]) in ("-", "\u2212") else value
-
-
-def numeric(completion: str, answer: str) -> float:
-    r"""Compare the completion's last number with the answer, as exact rationals.
-
-    ``1,234``, ``$5``, ``-$5``, ``50%``, ``18.``, ``1e3``, ``3/4`` and ``\frac{3}{4}`` are numbers; the
-    dollar and the per-cent sign are units without a factor: 50% equals 50. 0.5 equals 1/2, 0.333 is not 1/3.
-
-    Raises:
-        NotGradableError: When the answer (after a last ``####``, if there is one) is not one number.
-    """
-    gold_text = _FRAC.sub(r"\1/\2", answer.rsplit("####", 1)[-1]).strip().rstrip(".").rstrip(" %\\$")
-    match = _NUMBER.fullmatch(gold_text)
-    gold = _value(match) if match else None
-    if gold is None:
-        raise NotGradableError(f"the answer {answer[:60]!r} is not a number")
-    found = deque(_NUMBER.finditer(_FRAC.sub(r" \1/\2", completion)), maxlen=1)
-    return float(bool(found) and _value(found[0]) == gold)
 
 
 _DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[", re.DOTALL)
 _PLAIN = re.compile(r"[-+]?\\?\$?[\d,]{1,40}(?:\.\d{1,40})?\s*(?:\\?%)?")
-
-
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-
-
-def final_answer(text: str) -> str | None:
-    r"""Return the content of the last closed ``\boxed{}``, else the line after a last ``####``, else None."""
-    opened: list[re.Match[str]] = []
-    last: tuple[int, int] | None = None
-    for brace in _BRACES.finditer(text):
-        if brace[0] == "}" and opened:
-            box = opened.pop()
-            if box[0] != "{" and (last is None or box.end() > last[0]):
-                last = box.end(), brace.start()
-        elif brace[0].endswith("{") and brace[0] != "\\{":
-            opened.append(brace)
-    if last is not None:
-        return text[slice(*last)].strip()
-    _, mark, tail = text.rpartition("####")
-    return (tail.strip().splitlines() or [""])[0] if mark else None
 
 
 def _parse(text: str) -> list[Any]:
@@ -180,7 +120,7 @@ def math_equal(completion: str, answer: str) -> float:
 
 def load(config: dict[str, Any]) -> tuple[dict[str, VerifierFunction], dict[str, str]]:
     """Import what the configuration asks for; return the verifiers by name and what went wrong by name."""
-    verifiers: dict[str, VerifierFunction] = {"exact": exact, "numeric": numeric}
+    verifiers: dict[str, VerifierFunction] = {"exact": exact, "numeric": numeric, "choice": choice}
     errors: dict[str, str] = {}
     if config["math"]:
         try:
@@ -191,16 +131,62 @@ def load(config: dict[str, Any]) -> tuple[dict[str, VerifierFunction], dict[str,
             verifiers["math"] = math_equal
         except Exception as error:
             errors["math"] = _describe(error)
-    for name, path in config["functions"].items():
-        module, _, attribute = path.partition(":")
+    for name, (path, sha256) in config["functions"].items():
         try:
-            function = getattr(importlib.import_module(module), attribute)
-            if not callable(function):
-                raise TypeError(f"{path} is a {type(function).__name__}, not callable")
-            verifiers[name] = function
-        except Exception as error:
+            verifiers[name] = load_function(path, sha256)
+        except BaseException as error:  # whatever a module does while it is imported
             errors[name] = _describe(error)
     return verifiers, errors
+
+
+def load_function(path: str, sha256: str) -> VerifierFunction:
+    """Import a function of the user.
+
+    Args:
+        path: As the configuration names it.
+        sha256: What :func:`cropi_core.user_functions.source_digest` said of it.
+
+    Raises:
+        RuntimeError: Its file is another one by now.
+        AttributeError: The file has no such function.
+        TypeError: That is not callable.
+    """
+    place, _, name = path.rpartition(":")
+    module = (
+        _run_file(Path(place).expanduser(), sha256) if place.endswith(SUFFIX) else _imported(place, sha256)
+    )
+    function: Any = getattr(module, name)
+    if not callable(function):
+        raise TypeError(f"{path} is a {type(function).__name__}, not callable")
+    return function
+
+
+def _imported(name: str, sha256: str) -> ModuleType:
+    module = importlib.import_module(name)
+    _same(Path(module.__file__ or name).read_bytes(), sha256)
+    return module
+
+
+def _run_file(file: Path, sha256: str) -> ModuleType:
+    """Run exactly the bytes that were compared: an import could take a compiled file of the same second and size."""
+    source = file.read_bytes()
+    _same(source, sha256)
+    name = f"cropi_function_{sha256[:16]}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__file__ = str(file)
+        sys.modules[name] = module  # dataclasses look their module up
+        try:
+            exec(compile(source, str(file), "exec"), module.__dict__)  # noqa: S102 - the operator named it
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _same(source: bytes, sha256: str) -> None:
+    if hashlib.sha256(source).hexdigest() != sha256:
+        raise RuntimeError("its file has changed since this step began; run the same command again")
 
 
 def _describe(error: BaseException) -> str:
@@ -208,16 +194,22 @@ def _describe(error: BaseException) -> str:
     return " ".join(text[:REASON_CHARACTERS].split())
 
 
+def checked_reward(value: object) -> tuple[float | None, str]:
+    """Take a finite number for a reward; for anything else say why it is none."""
+    if not isinstance(value, numbers.Real):
+        return None, f"returned {type(value).__name__}, not a number"
+    reward = float(value)
+    if not math.isfinite(reward):
+        return None, f"returned {reward}, not finite"
+    if abs(reward) > LARGEST:
+        return None, f"returned {reward:g}, beyond {LARGEST:g}"
+    return reward, ""
+
+
 def grade(function: VerifierFunction, completion: str, answer: str) -> tuple[float | None, str, bool]:
     """Run one verifier; anything but a finite number is no grade. The third value asks for a new worker."""
     try:
-        value = function(completion, answer)
-        if not isinstance(value, numbers.Real):
-            return None, f"returned {type(value).__name__}, not a number", False
-        reward = float(value)
-        return (
-            (reward, "", False) if math.isfinite(reward) else (None, f"returned {reward}, not finite", False)
-        )
+        return *checked_reward(function(completion, answer)), False
     except NotGradableError as error:
         return None, str(error), False
     except MemoryError:

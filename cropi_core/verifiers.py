@@ -1,155 +1,113 @@
-r"""Grade completions against answers in a worker process that can be killed.
+r"""Grade completions against answers, each once, where nothing they do can hurt.
 
-    with Verifier() as verifier:
+    with open_verifier(Grading()) as verifier:
         verifier.grade("math", r"The answer is \boxed{18}", "18")      # Grade(reward=1.0, reason="")
 
 "Not gradable" is not "wrong". A verifier that raises, hangs, crashes or outgrows its memory says nothing
-about the completion: that item's reward is None with a reason, never 0.0, and no other item is touched,
-because the worker is killed and a fresh one goes on with the rest.
+about the completion: that item's reward is None with a reason, never 0.0, and no other item is touched. The
+built-in verifiers and the user's functions run in a process that is killed (:mod:`cropi_core.verifier_process`),
+servers are asked over HTTP (:mod:`cropi_core.http_verifier`), and equal content is graded once.
 """
 
 import importlib.util
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import Any, Self
 
 from cropi_core.errors import ConfigError
+from cropi_core.grade_cache import SHARED, GradeCache, content_key
+from cropi_core.http_verifier import HttpGrader
+from cropi_core.user_functions import source_digest
+from cropi_core.verifier_process import Grade, GradingProcess
+from data_schemas.config import Grading
+from data_schemas.grading import VERIFIERS, HttpVerifier
 
-VERIFIERS = ("exact", "numeric", "math")
-r"""``exact``: equal stripped strings. ``numeric``: the last number. ``math``: math-verify on the last
-``\boxed``, on ``####`` or the text. A completion without an answer is wrong (0.0); an unusable answer is not
-gradable."""
+__all__ = ["MAX_COMPLETION", "VERIFIERS", "Grade", "Item", "Verifier", "open_verifier"]
 
 MAX_COMPLETION = 65_536
 """Characters of a completion that a verifier sees, counted from its end, where answers stand. ``exact`` sees
 all: the end of a text may equal an answer that the text does not."""
 
-_WINDOW = 64  # requests in flight: one a round trip gives about a fifth of the rate
-_STARTUP_SECONDS = 60.0
-_ALARM_MARGIN = 5.0  # the worker ends itself this long after the parent should have ended it
-_PARENT_DIED = signal.SIGUSR2  # see verifier_worker.PARENT_DIED
-
 
 @dataclass(frozen=True)
-class Grade:
-    """A verdict: a reward, or None with the reason why there is none."""
+class Item:
+    """What is graded.
 
-    reward: float | None
-    reason: str
+    Attributes:
+        verifier: Name of the verifier.
+        completion: The text.
+        answer: What the dataset says, in the verifier's form.
+        prompt: The messages, for verifiers over HTTP.
+    """
+
+    verifier: str
+    completion: str
+    answer: str
+    prompt: Sequence[Mapping[str, Any]] = field(default=())
 
 
-class _Worker:
-    """One process and its two pipes. Reads and writes never block."""
+def open_verifier(grading: Grading) -> "Verifier":
+    """Make the verifier of a configuration.
 
-    def __init__(self, config: dict[str, object]):
-        # The worker finds the modules that this process finds, and no others: -P keeps a stray json.py in the
-        # working directory from shadowing the standard library.
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cropi_core.verifier_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # a group of its own, so that what a verifier starts is killed with it
-        )
-        self.stdin, self.stdout = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
-        os.set_blocking(self.stdin.fileno(), False)
-        os.set_blocking(self.stdout.fileno(), False)
-        self.math = bool(config["math"])
-        self.served = 0
-        self.ended = False
-        self._unsent = memoryview(json.dumps(config).encode() + b"\n")
-        self._partial = b""
-
-    def send(self, data: bytes) -> None:
-        """Queue requests; :meth:`receive` writes them."""
-        self._unsent = memoryview(bytes(self._unsent) + data)
-
-    def receive(self, deadline: float) -> list[bytes]:
-        """Write what can be written; return the replies that came, none past the deadline or at its end."""
-        poll = select.poll()
-        while not self.ended:
-            poll.register(self.stdout, select.POLLIN)
-            if self._unsent:
-                poll.register(self.stdin, select.POLLOUT)
-            left = deadline - time.monotonic()
-            events = dict(poll.poll(max(left, 0) * 1000))
-            if not events:
-                return []
-            if self.stdin.fileno() in events:
-                try:
-                    self._unsent = self._unsent[os.write(self.stdin.fileno(), self._unsent) :]
-                except BrokenPipeError:
-                    self._unsent = memoryview(b"")
-                if not self._unsent:
-                    poll.unregister(self.stdin)
-            if self.stdout.fileno() in events:
-                data = os.read(self.stdout.fileno(), 1 << 16)
-                self.ended = not data
-                *lines, self._partial = (self._partial + data).split(b"\n")
-                if lines:
-                    return lines
-        return []
-
-    def kill(self) -> int:
-        """End the process and whatever it started; return its exit status, negative for a signal."""
-        with suppress(subprocess.TimeoutExpired):
-            # Its stdout has ended, so it is dying: let its own status arrive before ours does.
-            self.process.wait(1.0 if self.ended else 0)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        status = self.process.wait()
-        self.stdin.close()
-        self.stdout.close()
-        return status
+    Raises:
+        ConfigError: See :class:`Verifier`.
+    """
+    return Verifier(
+        timeout=grading.timeout_s,
+        memory_mb=grading.memory_mb,
+        functions=grading.functions,
+        http=grading.http,
+    )
 
 
 class Verifier:
-    """Grades in one worker process, started at the first item and replaced when an item breaks it.
-
-    An item that kills a worker which had graded others is tried once more in a fresh one, so that memory or a
-    thread left behind by an earlier item is not held against it. Safe to share among threads; calls queue.
+    """Grades by name. Safe to share among threads.
 
     Args:
         timeout: Seconds an item may take.
         memory_mb: Address space of the worker in MiB (``RLIMIT_AS``; not enforced by macOS). ``math`` needs
             about 100, a function that imports torch several thousand.
-        functions: More verifiers: a name to ``"package.module:function"``, which takes
+        functions: The user's: a name to ``package.module:function`` or ``path/to/file.py:function``, which takes
             ``(completion, answer)`` and returns a finite number. Imported in the worker only, right away.
+        http: Servers that grade, by name.
+        cache: Rewards that are known; of the whole process unless another is given.
 
     Raises:
-        ConfigError: When a limit is not positive, or a function is not importable, not callable or takes the
-            name of a built-in verifier.
+        ConfigError: When a limit is not positive, a function is not importable, not callable or takes the
+            name of a built-in verifier, or the variable of a secret is not set.
     """
 
     def __init__(
-        self, *, timeout: float = 5.0, memory_mb: int = 1024, functions: Mapping[str, str] | None = None
+        self,
+        *,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+        functions: Mapping[str, str] | None = None,
+        http: Mapping[str, HttpVerifier] | None = None,
+        cache: GradeCache = SHARED,
     ):
         if not 0 < timeout < float("inf") or memory_mb < 1:
             raise ConfigError(f"timeout={timeout} and memory_mb={memory_mb} must be positive")
-        self.timeout = timeout
-        self.memory_mb = memory_mb
-        self.functions = dict(functions or {})
-        if taken := sorted(set(self.functions) & set(VERIFIERS)):
+        functions, http = functions or {}, http or {}
+        if taken := sorted({*functions, *http} & set(VERIFIERS)):
             raise ConfigError(
                 f"functions may not replace the built-in verifiers {', '.join(taken)}; rename them"
             )
-        self._lock = threading.Lock()
-        self._worker: _Worker | None = None
-        if self.functions:
-            self._ready(need_math=False)
+        self.known = (*VERIFIERS, *functions, *http)
+        sources = {name: (path, source_digest(path)) for name, path in functions.items()}
+        self.identities: dict[str, Any] = {
+            **sources,
+            **{name: [one.url, one.version] for name, one in http.items()},
+        }
+        """What a verifier is, beside its name."""
+        self.cache = cache
+        self.repeated = 0
+        """Items that were not graded because their content had been."""
+        self.http = {name: HttpGrader(name, one) for name, one in http.items()}
+        self.process = GradingProcess(timeout, memory_mb, sources)
+        if sources:
+            self.process.start()
 
     def __enter__(self) -> Self:
         return self
@@ -161,116 +119,70 @@ class Verifier:
 
     def grade(self, verifier: str, completion: str, answer: str) -> Grade:
         """Grade one completion; see :meth:`grade_many`."""
-        return self.grade_many([(verifier, completion, answer)])[0]
+        return self.grade_many([Item(verifier, completion, answer)])[0]
 
-    def grade_many(self, items: Sequence[tuple[str, str, str]]) -> list[Grade]:
-        """Grade ``(verifier, completion, answer)`` triples; the grades are in their order.
+    def grade_many(self, items: Sequence[Item | tuple[str, str, str]]) -> list[Grade]:
+        """Grade items, equal ones once; the grades are in their order.
 
         Raises:
-            ConfigError: Before any grading, when a verifier's name is unknown, math-verify is not installed
-                though an item needs it, or the worker does not start.
+            ConfigError: Before any grading, see :meth:`check`; or the worker does not start.
+            ServerError: A server graded none of its items.
         """
-        self._check(names := {item[0] for item in items})
-        lines = [
-            json.dumps([name, text if name == "exact" else text[-MAX_COMPLETION:], answer]).encode() + b"\n"
-            for name, text, answer in items
-        ]
-        grades: list[Grade] = []
-        retried = -1
-        with self._lock:
-            try:
-                while len(grades) < len(lines):
-                    worker = self._ready(need_math="math" in names)
-                    failure = self._serve(worker, lines, grades)
-                    if failure is None:
-                        continue
-                    status = self._discard()
-                    if failure == "ended":
-                        failure = (
-                            f"crashed (signal {-status})" if status < 0 else f"crashed (exit code {status})"
-                        )
-                    here = len(grades)
-                    innocent = worker.served > 0 or status == -_PARENT_DIED
-                    if innocent and here != retried and not failure.startswith("timed out"):
-                        retried = here
-                    else:
-                        grades.append(Grade(None, failure))
-            except BaseException:
-                self._discard()  # replies still on their way belong to this call, not to the next
-                raise
-        return grades
+        wanted = [self._shortened(item if isinstance(item, Item) else Item(*item)) for item in items]
+        self.check({item.verifier for item in wanted})
+        keys = [self._key(item) for item in wanted]
+        known = {key: Grade(reward, "") for key in set(keys) if (reward := self.cache.get(key)) is not None}
+        missing = {key: item for key, item in zip(keys, wanted, strict=True) if key not in known}
+        self.repeated += len(wanted) - len(missing)
+        for key, grade in self._graded(missing):
+            known[key] = grade
+            if grade.reward is not None:
+                self.cache.put(key, grade.reward)
+        return [known[key] for key in keys]
 
-    def close(self) -> None:
-        """End the worker; a later call to grade starts a new one."""
-        with self._lock:
-            self._discard()
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse what cannot be graded by, before anything is sampled.
 
-    def _check(self, names: set[str]) -> None:
-        """Refuse unknown names and a missing math-verify."""
-        known = (*VERIFIERS, *self.functions)
-        if unknown := sorted(names - set(known)):
+        Raises:
+            ConfigError: A name is unknown, or math-verify is not installed though ``math`` is asked for.
+        """
+        names = set(names)
+        if unknown := sorted(names - set(self.known)):
             raise ConfigError(
-                f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(known)}"
+                f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(self.known)}, or name it in "
+                "grading.functions or grading.http"
             )
         if "math" in names and importlib.util.find_spec("math_verify") is None:
             raise ConfigError(
                 'the verifier "math" needs math-verify, which is not installed: pip install "cropi[math]"'
             )
 
-    def _ready(self, *, need_math: bool) -> _Worker:
-        """Return a live worker that has imported what is needed."""
-        worker = self._worker
-        if worker and worker.process.poll() is None and (worker.math or not need_math):
-            return worker
-        need_math = need_math or (worker is not None and worker.math)
-        self._discard()
-        self._worker = worker = _Worker(
-            {
-                "memory_mb": self.memory_mb,
-                "alarm": self.timeout + _ALARM_MARGIN,
-                "math": need_math,
-                "functions": self.functions,
-            }
-        )
-        hello = worker.receive(time.monotonic() + _STARTUP_SECONDS)
-        errors = json.loads(hello[0])["errors"] if hello else {}
-        if hello and not errors:
-            return worker
-        ended, status = worker.ended, self._discard()
-        if hello:
-            what = "; ".join(f"verifier {name!r}: {reason}" for name, reason in errors.items())
-            raise ConfigError(f"{what} (imported within memory_mb={self.memory_mb})")
-        what = f"ended with status {status}" if ended else f"was not ready after {_STARTUP_SECONDS:g} s"
-        raise ConfigError(
-            f"the verifier worker {what}; see its messages above. memory_mb={self.memory_mb} may be too small"
-        )
+    def close(self) -> None:
+        """End the worker; a later call to grade starts a new one."""
+        self.process.close()
 
-    def _serve(self, worker: _Worker, lines: list[bytes], grades: list[Grade]) -> str | None:
-        """Extend ``grades`` until all are graded (None) or the next line broke the worker (the reason)."""
-        sent = len(grades)
-        while len(grades) < len(lines):
-            # Topping up by halves keeps the pipe busy with few system calls.
-            if sent < len(lines) and sent - len(grades) <= _WINDOW // 2:
-                worker.send(b"".join(lines[sent : len(grades) + _WINDOW]))
-                sent = min(len(lines), len(grades) + _WINDOW)
-            # Requests are served in order, so the oldest unanswered one began at the latest reply, or now.
-            replies = worker.receive(time.monotonic() + self.timeout)
-            if not replies:
-                return "ended" if worker.ended else f"timed out after {self.timeout:g} s"
-            for reply in replies:
-                try:
-                    reward, reason, broken = json.loads(reply)
-                except (ValueError, TypeError):
-                    return "the verifier wrote into the worker's replies"
-                if len(grades) == sent:
-                    raise RuntimeError("the verifier worker sent more replies than it got requests")
-                if broken:
-                    return str(reason)
-                grades.append(Grade(reward, reason))
-                worker.served += 1
-        return None
+    def _shortened(self, item: Item) -> Item:
+        if item.verifier == "exact" or len(item.completion) <= MAX_COMPLETION:
+            return item
+        return Item(item.verifier, item.completion[-MAX_COMPLETION:], item.answer, item.prompt)
 
-    def _discard(self) -> int:
-        """End the worker, if there is one; return its exit status."""
-        worker, self._worker = self._worker, None
-        return worker.kill() if worker else 0
+    def _key(self, item: Item) -> bytes:
+        seen = list(item.prompt) if item.verifier in self.http else []
+        identity = self.identities.get(item.verifier)
+        return content_key(item.verifier, identity, item.completion, item.answer, seen)
+
+    def _graded(self, items: Mapping[bytes, Item]) -> Iterable[tuple[bytes, Grade]]:
+        """Grade what is not known, each verifier where it runs."""
+        here = {key: item for key, item in items.items() if item.verifier not in self.http}
+        if here:
+            triples = [(item.verifier, item.completion, item.answer) for item in here.values()]
+            yield from zip(here, self.process.grade_many(triples), strict=True)
+        for name, grader in self.http.items():
+            theirs = {key: item for key, item in items.items() if item.verifier == name}
+            bodies = [
+                {"completion": one.completion, "answer": one.answer, "prompt": list(one.prompt)}
+                for one in theirs.values()
+            ]
+            if bodies:
+                verdicts = grader.grade_many(bodies)
+                yield from ((key, Grade(*verdict)) for key, verdict in zip(theirs, verdicts, strict=True))

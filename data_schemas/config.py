@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from data_schemas.grading import Grading, HttpVerifier
+from data_schemas.grading import contradictions as grading_contradictions
 from data_schemas.limits import Diagnostics
 from data_schemas.sources import (
     LATER,
@@ -38,6 +40,8 @@ __all__ = [
     "Data",
     "Diagnostics",
     "Engine",
+    "Grading",
+    "HttpVerifier",
     "Launch",
     "Lora",
     "Name",
@@ -68,13 +72,6 @@ class Rollouts(Section):
         description="Collect once, or before every stage; `diagnostics` collects again where it must be.",
     )
     shard_prompts: int = Field(default=64, ge=1, description="Prompts a shard: what a stop can cost at most.")
-
-
-class Grading(Section):
-    """Limits of the verifier's worker process; what exceeds them is not gradable."""
-
-    timeout_s: float = Field(default=5.0, gt=0)
-    memory_mb: int = Field(default=1024, ge=256)
 
 
 class Objective(Section):
@@ -278,8 +275,8 @@ class Config(Section):
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "
                 f"diagnostics.spot_check={self.diagnostics.spot_check}: a correlation takes 3 prompts, better 100"
             )
-        faults += training_contradictions(self)
-        return faults + self._wrong_names() + self._wrong_ray() + vllm_contradictions(self)
+        faults += training_contradictions(self) + self._wrong_names() + self._wrong_ray()
+        return faults + vllm_contradictions(self) + grading_contradictions(self)
 
     def _wrong_names(self) -> list[str]:
         """List set names that something else is called by."""

@@ -7,7 +7,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from data_schemas.config import Columns, Config, Ray, Sampling, Section, TableSource, Vllm, WorldSource
+from data_schemas.config import (
+    Columns,
+    Config,
+    HttpVerifier,
+    Ray,
+    Sampling,
+    Section,
+    TableSource,
+    Vllm,
+    WorldSource,
+)
 from data_schemas.presets import PRESETS
 from data_schemas.study import Arm, Bootstrap, Study, World
 from data_schemas.training import Launch, Lora
@@ -29,6 +39,7 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, Section):
             parts.append(_table(f"`{name}`", model))
     for title, model in [
+        ("`grading.http`, by name", HttpVerifier),
         ("`training.lora`", Lora),
         ("`training.trl`", TrlTraining),
         ("`runtime.trl`", TrlRuntime),

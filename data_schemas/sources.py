@@ -106,7 +106,7 @@ class TableSource(Section):
     template: str = Field(
         default="{prompt}", description="User message; `{prompt}` stands for the column, or its last turn."
     )
-    verifier: Literal["exact", "numeric", "math"] = "math"
+    verifier: Name = Field(default="math", description="Built in, or a name of the section `grading`.")
     source: Name | None = Field(default=None, description="Value of the `source` column.")
     limit: int | None = Field(
         default=None, ge=1, description="Take this many rows, drawn with `sample_seed`."

@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ValidationError
 
 from cropi_core.errors import ConfigError, in_one_line
+from cropi_core.grading_keys import grading_location
 from cropi_core.runs import load_run, slot_ref
 from cropi_core.store import Store
 from data_schemas.config import (
@@ -110,6 +111,7 @@ def changed_spec(
         slot=slot,
         settings=settings,
         inputs=taken,
+        location=grading_location(config.grading),
         runtime=config.runtime.model_dump(mode="json"),
     )
 

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cropi_core.errors import ConfigError, DataError
-from cropi_core.prompts import check_disjoint, load_source, read_prompts, summarise, write_prompts
+from cropi_core.prompts import (
+    check_disjoint,
+    check_verifiers,
+    load_source,
+    read_prompts,
+    summarise,
+    write_prompts,
+)
 from data_schemas.arrow import PROMPTS
 from data_schemas.config import Columns, TableSource, WorldSource
 
@@ -132,7 +139,7 @@ def test_every_fault_of_a_table_in_our_format_is_in_one_error(tmp_path):
     rows = [
         prompt(1),
         prompt(1),
-        prompt(2, verifier="sympy"),
+        prompt(2, verifier="sym py"),
         prompt(3, messages=[]),
         prompt(4, messages=[{"role": "tool", "content": "x"}]),
         prompt(5, answer=7),
@@ -142,7 +149,7 @@ def test_every_fault_of_a_table_in_our_format_is_in_one_error(tmp_path):
     ]
     with pytest.raises(DataError) as raised:
         load_source(source(write_jsonl(tmp_path / "a.jsonl", rows)), "pool", None)
-    fault(raised, "p1", "'sympy'", "row 4", "row 5", "answer is int", "tags", "colour", "row 9")
+    fault(raised, "p1", "'sym py'", "row 4", "row 5", "answer is int", "tags", "colour", "row 9")
 
 
 def test_missing_columns_say_what_there_is(tmp_path):
@@ -280,3 +287,15 @@ def test_a_hub_dataset_is_mapped_like_a_file(tmp_path, monkeypatch):
     table, _ = load_source(hub, "pool", None)
     assert table.num_rows == 4
     assert set(table["source"].to_pylist()) == {"gsm_8k"}
+
+
+def test_prompts_that_nothing_can_grade_are_named_before_anything_is_sampled(tmp_path):
+    for name, verifiers in {"pool": ["exact", "magic"], "v": ["mine"]}.items():
+        rows = [prompt(i, verifier=verifier) for i, verifier in enumerate(verifiers)]
+        write_prompts(
+            load_source(source(write_jsonl(tmp_path / "a.jsonl", rows)), name, None)[0], tmp_path / name
+        )
+    sets = {name: tmp_path / name for name in ("pool", "v")}
+    with pytest.raises(ConfigError, match="pool: verifier 'magic' is none of exact, mine;"):
+        check_verifiers(sets, ["exact", "mine"])
+    check_verifiers(sets, ["exact", "mine", "magic"])

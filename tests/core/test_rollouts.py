@@ -213,3 +213,11 @@ def test_the_histogram_of_lengths_counts_every_completion_in_bins_of_whole_token
     assert len(edges) == len(found["counts"]) + 1 <= 17
     assert len({b - a for a, b in itertools.pairwise(edges)}) == 1
     assert found["counts"] == np.histogram(lengths, bins=[*edges[:-1], edges[-1] - 0.5])[0].tolist()
+
+
+def test_mean_rewards_outside_of_zero_to_one_are_counted_at_the_ends(tmp_path):
+    random_rollouts(tmp_path / "r.parquet", prompts=3, samples=2)
+    table = read_rollouts(tmp_path / "r.parquet")
+    rewards = pa.array([-2.0, -1.0, 0.5, 0.5, 3.0, 4.0], pa.float32())
+    table = table.set_column(table.schema.get_field_index("reward"), table.schema.field("reward"), rewards)
+    assert summarise(table, {})["pass_rate_histogram"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 1]

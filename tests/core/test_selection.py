@@ -286,11 +286,12 @@ def test_broken_tables_are_errors(tmp_path: Path):
         run(tmp_path, rollouts=tmp_path / "parts", strategy="pass_rate")
 
 
-def test_learnability_refuses_rewards_beyond_one(tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["learnability", "pass_rate"])
+def test_pass_rates_are_of_rewards_from_zero_to_one(tmp_path: Path, strategy: str):
     write_prompts(tmp_path / "prompts.parquet", ["a", "b"])
     rollouts = write_rollouts(tmp_path / "parts", {"a": [0.0, 5.0], "b": [0.0, 1.0]})
     with pytest.raises(SelectionError, match=r"from 0\.5 to 2\.5"):
-        run(tmp_path, rollouts=rollouts, strategy="learnability")
+        run(tmp_path, rollouts=rollouts, strategy=strategy)
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path: Path, small: Path):

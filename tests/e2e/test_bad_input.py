@@ -108,9 +108,9 @@ TABLES = {
         ["not unique", "p0", "p1"],
     ),
     "an unknown format": (
-        [{"prompt_id": "a", "messages": "hello", "answer": "b", "verifier": "magic"}],
+        [{"prompt_id": "a", "messages": "hello", "answer": "b", "verifier": "Magic"}],
         {"columns": None},
-        ["'source'", "messages", "'magic'"],
+        ["'source'", "messages", "'Magic'"],
     ),
 }
 

@@ -1,0 +1,88 @@
+"""The section ``grading``: what gives rewards, and what one verdict may cost."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, model_validator
+
+from data_schemas.sources import LATER, Name, Section, TableSource
+
+if TYPE_CHECKING:
+    from data_schemas.config import Config
+
+VERIFIERS = ("exact", "numeric", "math", "choice")
+"""Built in: equal stripped strings, the last number, math-verify, a letter. docs/rewards.md says what each takes for an
+answer."""
+
+FunctionPath = Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_][A-Za-z0-9_]*$")]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]
+"""Without a user, a query or a fragment, where secrets hide."""
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class HttpVerifier(Section):
+    """A server that grades: JSON in, JSON out (docs/rewards.md)."""
+
+    url: Url = Field(description="Where completions are posted to; redirects are not followed.")
+    version: str | None = Field(
+        default=None,
+        description="Names what the server computes, in the keys of what it graded; empty: its URL does.",
+    )
+    timeout_s: float = Field(default=30.0, gt=0, le=3600, description="Of one request, all in all.")
+    retries: int = Field(
+        default=3, ge=0, le=100, description="Of one request that found no server, or a busy one."
+    )
+    concurrency: int = Field(default=16, ge=1, le=1024, description="Requests in flight.")
+    headers_from_env: dict[HeaderName, VariableName] = Field(
+        default_factory=dict,
+        description="Header to the environment variable that holds its value, such as `Authorization: JUDGE_TOKEN`.",
+    )
+
+
+class Grading(Section):
+    """Verifiers beside the built-in ones, and limits of the verifier's process; what exceeds them is not gradable."""
+
+    timeout_s: float = Field(default=5.0, gt=0)
+    memory_mb: int = Field(default=1024, ge=256)
+    functions: Annotated[dict[Name, FunctionPath], LATER] = Field(
+        default_factory=dict,
+        description="Your own: name to `package.module:function` or `path/to/file.py:function`.",
+    )
+    http: Annotated[dict[Name, HttpVerifier], LATER] = Field(
+        default_factory=dict, description="Servers that grade, by name."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Grading":
+        faults = [
+            f"{section} names {sorted(taken)}, which {what}: take other names"
+            for section, taken, what in (
+                ("functions", set(self.functions) & set(VERIFIERS), "are built in"),
+                ("http", set(self.http) & set(VERIFIERS), "are built in"),
+                ("http", set(self.http) & set(self.functions), "functions names too"),
+            )
+            if taken
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """Names of all verifiers there are."""
+        return (*VERIFIERS, *self.functions, *self.http)
+
+
+def contradictions(config: "Config") -> list[str]:
+    """List the sources that name a verifier there is none of."""
+    data, known = config.data, config.grading.verifiers
+    named = {
+        "data.pool": getattr(data, "pool", None),  # absent while other faults of a file are told
+        **{f"data.validation.{name}": source for name, source in data.validation.items()},
+        **{f"data.test.{name}": source for name, source in data.test.items()},
+    }
+    return [
+        f"{place}.verifier={source.verifier} is none of {', '.join(known)}; define it in grading.functions or .http"
+        for place, source in named.items()
+        if isinstance(source, TableSource) and source.verifier not in known
+    ]
