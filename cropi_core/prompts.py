@@ -22,7 +22,7 @@ from cropi_core.mapping import mapped_rows
 from cropi_core.prompt_rows import Row, asked_text, check_settings, checked_rows
 from cropi_core.tables import read_parquet, read_rows, write_parquet
 from data_schemas.arrow import PROMPTS
-from data_schemas.config import Source, TableSource, WorldSource
+from data_schemas.config import ReasoningGymSource, Source, TableSource, WorldSource
 
 
 def load_source(source: Source, split: str, path: str | None) -> tuple[pa.Table, dict[str, int]]:
@@ -45,6 +45,10 @@ def load_source(source: Source, split: str, path: str | None) -> tuple[pa.Table,
         from cropi_core.world import build  # imported late: generating needs it, reading does not
 
         return build(source.families, split, source.seed), {}
+    if isinstance(source, ReasoningGymSource):
+        from cropi_core import gym_tasks
+
+        return gym_tasks.build(source, split)
     check_settings(source)
     if source.kind == "hub":
         what, rows = f"{source.path} ({source.split})", _hub_rows(source)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cropi_core.content import file_sha256
 from cropi_core.errors import ConfigError
-from data_schemas.config import Config, Source, TableSource
+from data_schemas.config import Config, ReasoningGymSource, Source, TableSource
 
 
 def slots(config: Config) -> list[str]:
@@ -49,9 +49,13 @@ def pin_for(pins: dict[str, str], slot: str) -> str | None:
 def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Split a source into what its prompts depend on and where they lie: a file counts by content."""
     settings = source.for_key()
+    if isinstance(source, ReasoningGymSource):
+        from cropi_core.gym_tasks import package_version  # late: it brings the tables
+
+        return {"source": settings, "split": split, "reasoning_gym": package_version()}, {}
     if not isinstance(source, TableSource):
         return {"source": settings, "split": split}, {}
-    _leave_out_later(settings)
+    settings.pop("preset", None)  # what it filled in is in the other fields
     if source.kind == "hub":
         return {"source": settings, "split": split}, {}
     path = Path(source.path).expanduser()
@@ -59,16 +63,3 @@ def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[st
         raise ConfigError(f"data: {path} is no file")
     settings["path"] = "sha256:" + file_sha256(path)
     return {"source": settings, "split": split}, {"path": str(path)}
-
-
-def _leave_out_later(settings: dict[str, Any]) -> None:
-    """Leave out fields that came later where they say nothing, so that the keys of before hold.
-
-    A preset counts by what it filled in: the same fields written out have the same key.
-    """
-    del settings["preset"]
-    if settings["unanswered"] == "refuse":
-        del settings["unanswered"]
-    for name in ("source", "tags"):
-        if settings["columns"] is not None and not settings["columns"][name]:
-            del settings["columns"][name]

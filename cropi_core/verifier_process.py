@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,12 @@ from typing import IO, cast
 
 from cropi_core.errors import ConfigError
 from cropi_core.verifier_worker import PARENT_DIED
+
+IMPORTED = {
+    "math": ("math_verify", "math-verify", "math"),
+    "reasoning_gym": ("reasoning_gym", "reasoning-gym", "gym"),
+}
+"""Verifiers that the worker imports a package for: its module, its name, and the extra that brings it."""
 
 _WINDOW = 64  # requests in flight: one a round trip gives about a fifth of the rate
 _STARTUP_SECONDS = 60.0
@@ -52,7 +58,7 @@ class _Worker:
         self.stdin, self.stdout = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
         os.set_blocking(self.stdin.fileno(), False)
         os.set_blocking(self.stdout.fileno(), False)
-        self.math = bool(config["math"])
+        self.imported = frozenset(cast(list[str], config["imported"]))
         self.served = 0
         self.ended = False
         self._unsent = memoryview(json.dumps(config).encode() + b"\n")
@@ -127,7 +133,7 @@ class GradingProcess:
             ConfigError: It does not start, or a function cannot be loaded.
         """
         with self._lock:
-            self._ready(need_math=False)
+            self._ready(frozenset())
 
     def grade_many(self, items: Sequence[tuple[str, str, str]]) -> list[Grade]:
         """Grade ``(verifier, completion, answer)`` triples; the grades are in their order.
@@ -135,14 +141,14 @@ class GradingProcess:
         Raises:
             ConfigError: It does not start.
         """
-        need_math = any(name == "math" for name, _, _ in items)
+        needed = {name for name, _, _ in items} & set(IMPORTED)
         lines = [json.dumps(item).encode() + b"\n" for item in items]
         grades: list[Grade] = []
         retried = -1
         with self._lock:
             try:
                 while len(grades) < len(lines):
-                    worker = self._ready(need_math=need_math)
+                    worker = self._ready(needed)
                     failure = self._serve(worker, lines, grades)
                     if failure is None:
                         continue
@@ -167,18 +173,18 @@ class GradingProcess:
         with self._lock:
             self._discard()
 
-    def _ready(self, *, need_math: bool) -> _Worker:
+    def _ready(self, needed: Set[str]) -> _Worker:
         """Return a live worker that has imported what is needed."""
         worker = self._worker
-        if worker and worker.process.poll() is None and (worker.math or not need_math):
+        if worker and worker.process.poll() is None and needed <= worker.imported:
             return worker
-        need_math = need_math or (worker is not None and worker.math)
+        needed = needed | (worker.imported if worker else frozenset())
         self._discard()
         self._worker = worker = _Worker(
             {
                 "memory_mb": self.memory_mb,
                 "alarm": self.timeout + _ALARM_MARGIN,
-                "math": need_math,
+                "imported": sorted(needed),
                 "functions": self.functions,
             }
         )

@@ -2,7 +2,7 @@
 
 JSON lines both ways, one reply a request, in order:
 
-    parent -> {"memory_mb": 1024, "alarm": 10.0, "math": true, "functions": {"name": ["file.py:grade", "sha256"]}}
+    parent -> {"memory_mb": 1024, "alarm": 10.0, "imported": [], "functions": {"name": ["file.py:grade", "sha256"]}}
     worker -> {"errors": {"name": "ModuleNotFoundError: ..."}}
     parent -> ["numeric", "The answer is 18.", "18"]
     worker -> [1.0, "", false]               reward or null, reason, whether this worker must be replaced
@@ -122,7 +122,15 @@ def load(config: dict[str, Any]) -> tuple[dict[str, VerifierFunction], dict[str,
     """Import what the configuration asks for; return the verifiers by name and what went wrong by name."""
     verifiers: dict[str, VerifierFunction] = {"exact": exact, "numeric": numeric, "choice": choice}
     errors: dict[str, str] = {}
-    if config["math"]:
+    if "reasoning_gym" in config["imported"]:
+        try:
+            from cropi_core import gym_scorer
+
+            gym_scorer.harden()
+            verifiers["reasoning_gym"] = gym_scorer.score
+        except Exception as error:
+            errors["reasoning_gym"] = _describe(error)
+    if "math" in config["imported"]:
         try:
             logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
             math_equal(

@@ -19,7 +19,7 @@ from cropi_core.errors import ConfigError
 from cropi_core.grade_cache import SHARED, GradeCache, content_key
 from cropi_core.http_verifier import HttpGrader
 from cropi_core.user_functions import source_digest
-from cropi_core.verifier_process import Grade, GradingProcess
+from cropi_core.verifier_process import IMPORTED, Grade, GradingProcess
 from data_schemas.config import Grading
 from data_schemas.grading import VERIFIERS, HttpVerifier
 
@@ -144,7 +144,7 @@ class Verifier:
         """Refuse what cannot be graded by, before anything is sampled.
 
         Raises:
-            ConfigError: A name is unknown, or math-verify is not installed though ``math`` is asked for.
+            ConfigError: A name is unknown, or the package that a verifier needs is not installed.
         """
         names = set(names)
         if unknown := sorted(names - set(self.known)):
@@ -152,10 +152,12 @@ class Verifier:
                 f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(self.known)}, or name it in "
                 "grading.functions or grading.http"
             )
-        if "math" in names and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(
-                'the verifier "math" needs math-verify, which is not installed: pip install "cropi[math]"'
-            )
+        for name in sorted(names & set(IMPORTED)):
+            module, package, extra = IMPORTED[name]
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(
+                    f'the verifier "{name}" needs {package}, which is not installed: pip install "cropi[{extra}]"'
+                )
 
     def close(self) -> None:
         """End the worker; a later call to grade starts a new one."""

@@ -10,8 +10,10 @@ from pydantic_core import PydanticUndefined
 from data_schemas.config import (
     Columns,
     Config,
+    GymTask,
     HttpVerifier,
     Ray,
+    ReasoningGymSource,
     Sampling,
     Section,
     TableSource,
@@ -49,6 +51,8 @@ def reference() -> str:
         ("A world source (`kind: world`)", WorldSource),
         ("A table source (`kind: file` or `kind: hub`)", TableSource),
         ("`columns` of a table source", Columns),
+        ("A reasoning-gym source (`kind: reasoning_gym`)", ReasoningGymSource),
+        ("`tasks` of a reasoning-gym source, by name", GymTask),
         (
             "Sampling (`rollouts.pool`, `rollouts.validation`, `training.sampling`, `evaluation.sampling`)",
             Sampling,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cropi_core.answers import choice, chosen
+from cropi_core.content import canonical_json
 from cropi_core.errors import ConfigError
 from cropi_core.grade_cache import GradeCache
 from cropi_core.grading_keys import grading_location, grading_of, key_settings
-from cropi_core.content import canonical_json
 from cropi_core.user_functions import source_digest
 from cropi_core.verifiers import Grade, Item, Verifier, open_verifier
 from data_schemas.config import Config, Grading, HttpVerifier
