@@ -12,6 +12,7 @@ listed in :mod:`cropi_core.slots`.
 from collections.abc import Callable
 from typing import Any, Literal
 
+from cropi_core.chat import chat_settings
 from cropi_core.checkpoint import resolve_checkpoint, tree_digest
 from cropi_core.checks import GRADIENT_RULES, RULES, consequence, figures, judge, random_limits
 from cropi_core.errors import SelectionError
@@ -80,10 +81,11 @@ class Curriculum:
     def _base_policy(self) -> ArtifactRef:
         if pin_for(self.config.pin, "policy@0"):
             return self.run.step("policy", "policy@0", {})
-        directory = resolve_checkpoint(self.config.policy.path, self.config.policy.revision)
-        return self.run.step(
-            "policy", "policy@0", {"sha256": tree_digest(directory)}, location={"path": str(directory)}
-        )
+        source = self.config.policy
+        directory = resolve_checkpoint(source.path, source.revision)
+        settings = {"sha256": tree_digest(directory)}
+        chat = {} if source.chat is None else {"chat": chat_settings(source.chat)}
+        return self.run.step("policy", "policy@0", settings | chat, location={"path": str(directory)})
 
     def _model_settings(self) -> dict[str, Any]:
         return {"dtype": self.config.policy.dtype, "grading": key_settings(self.config.grading)}

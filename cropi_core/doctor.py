@@ -26,6 +26,7 @@ NEEDED = (
 )
 OPTIONAL = {
     "math-verify": ("the verifier `math`", "math"),
+    "reasoning-gym": ("`kind: reasoning_gym`", "gym"),
     "trl": ("training", "train"),
     "accelerate": ("training", "train"),
     "datasets": ("hub datasets", "train"),

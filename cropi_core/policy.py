@@ -6,7 +6,7 @@ remote code is never run, symbolic links and pickles are left behind.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cropi_core.chat import write_chat
 from cropi_core.checkpoint import checkpoint_files
 from cropi_core.errors import PolicyError
 
@@ -32,11 +33,17 @@ class Message(TypedDict):
     content: str
 
 
-def copy_checkpoint(source: Path, target: Path) -> dict[str, Any]:
+def copy_checkpoint(source: Path, target: Path, chat: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Copy a checked checkpoint's files; returns the summary of the model (type, parameters).
 
+    Args:
+        source: The checkpoint.
+        target: Directory to fill.
+        chat: Chat template and arguments that the copy is given; see :mod:`cropi_core.chat`.
+
     Raises:
-        PolicyError: See :func:`checkpoint_files`; or transformers cannot build the model from it.
+        PolicyError: See :func:`checkpoint_files`; or transformers cannot build the model from it; or the chat template
+            does not work.
     """
     files = checkpoint_files(source)
     target.mkdir(parents=True, exist_ok=True)
@@ -52,6 +59,8 @@ def copy_checkpoint(source: Path, target: Path) -> dict[str, Any]:
         AutoTokenizer.from_pretrained(target, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PolicyError(f"{source} cannot be used as a causal language model: {error}") from error
+    if chat is not None:
+        write_chat(target, chat)
     return {"model_type": config.model_type, "parameters": sum(p.numel() for p in model.parameters())}
 
 

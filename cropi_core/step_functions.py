@@ -66,10 +66,11 @@ def _spot_prompts(work: Work) -> dict[str, Any]:
 
 
 def policy_step(work: Work) -> dict[str, Any]:
-    """Copy a checkpoint into the store, after checking that it is one."""
+    """Copy a checkpoint into the store, after checking that it is one, and give it the run's chat template."""
     from cropi_core.policy import copy_checkpoint
 
-    return copy_checkpoint(Path(work.spec.location["path"]), work.out / CHECKPOINT)
+    source, chat = Path(work.spec.location["path"]), work.spec.settings.get("chat")
+    return copy_checkpoint(source, work.out / CHECKPOINT, chat)
 
 
 def rollouts_step(work: Work) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from data_schemas.grading import contradictions as grading_contradictions
 from data_schemas.limits import Diagnostics
 from data_schemas.sources import (
     LATER,
+    Chat,
     Columns,
     Data,
     GymTask,
@@ -38,6 +39,7 @@ Ratio = Literal["none", "token", "token_clip", "sequence", "sequence_truncated"]
 
 __all__ = [
     "LATER",
+    "Chat",
     "Columns",
     "Data",
     "Diagnostics",
@@ -279,8 +281,16 @@ class Config(Section):
                 f"diagnostics.min_spot_correlation={self.diagnostics.min_spot_correlation} needs a spot check, and "
                 f"diagnostics.spot_check={self.diagnostics.spot_check}: a correlation takes 3 prompts, better 100"
             )
-        faults += training_contradictions(self) + self._wrong_names() + self._wrong_ray()
+        faults += training_contradictions(self)
+        faults += self._wrong_pin() + self._wrong_names() + self._wrong_ray()
         return faults + vllm_contradictions(self) + grading_contradictions(self)
+
+    def _wrong_pin(self) -> list[str]:
+        """List settings of the base policy that a pin would leave unread."""
+        pinned = {"policy", "policy@0"} & set(self.pin)
+        if self.policy.chat is None or not pinned:
+            return []
+        return [f"policy.chat with pin.{min(pinned)}: a pinned policy keeps the chat template that it has"]
 
     def _wrong_names(self) -> list[str]:
         """List set names that something else is called by."""

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from data_schemas.config import Config
 
 VERIFIERS = ("exact", "numeric", "math", "choice", "reasoning_gym")
-"""Built in: equal stripped strings, the last number, math-verify, a letter, reasoning-gym's scorers. docs/rewards.md says what each takes for an
-answer."""
+"""Built in: equal stripped strings, the last number, math-verify, a letter, reasoning-gym's scorers. docs/rewards.md
+says what each takes for an answer."""
 
 FunctionPath = Annotated[str, Field(pattern=r"^[^:\s][^:]*:[A-Za-z_][A-Za-z0-9_]*$")]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/[^\s?#]*)?$")]

@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_schemas.config import (
+    Chat,
     Columns,
     Config,
     GymTask,
@@ -41,6 +42,7 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, Section):
             parts.append(_table(f"`{name}`", model))
     for title, model in [
+        ("`policy.chat`", Chat),
         ("`grading.http`, by name", HttpVerifier),
         ("`training.lora`", Lora),
         ("`training.trl`", TrlTraining),

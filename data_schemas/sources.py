@@ -38,6 +38,27 @@ class Section(BaseModel):
         return settings
 
 
+class Chat(Section):
+    """How messages become a prompt; written into the tokenizer of the run's policies."""
+
+    template: str | None = Field(
+        default=None,
+        description="`plain`, for base models; a file; or the text of a Jinja template. Empty: the checkpoint's own.",
+    )
+    arguments: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], JsonValue] = Field(
+        default_factory=dict,
+        description="What the template reads beside the messages: `enable_thinking: false`.",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Chat":
+        if self.template is None and not self.arguments:
+            raise ValueError("needs a template, arguments, or both")
+        if taken := {"messages", "add_generation_prompt"} & set(self.arguments):
+            raise ValueError(f"arguments may not set {sorted(taken)}, which the run sets itself")
+        return self
+
+
 class PolicySource(Section):
     """The checkpoint the curriculum starts from."""
 
@@ -46,6 +67,9 @@ class PolicySource(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Type of the forward passes; training keeps and saves float32 weights.",
+    )
+    chat: Annotated[Chat | None, LATER] = Field(
+        default=None, description="Chat template and its arguments; empty: the checkpoint's template."
     )
 
 

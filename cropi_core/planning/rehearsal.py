@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cropi_core.checkpoint import resolve_checkpoint
+from cropi_core.chat import chat_settings, write_chat
+from cropi_core.checkpoint import checkpoint_files, resolve_checkpoint
 from cropi_core.content import MANIFEST, write_atomic
 from cropi_core.curriculum import curriculum
 from cropi_core.planning.terms import Work
@@ -22,7 +23,7 @@ from cropi_core.selection import subset_size
 from cropi_core.step_functions import CHECKPOINT, PROMPTS_FILE
 from cropi_core.steps import StepResult, run_step, step_key, step_kind
 from cropi_core.store import Store
-from data_schemas.config import Config
+from data_schemas.config import Chat, Config
 from data_schemas.manifest import Manifest, StepSpec
 
 READ = ("prompts", "policy")
@@ -67,7 +68,18 @@ def rehearse(config: Config, store: Store, folder: Path) -> Rehearsed:
     policy = stage.store.path(record.slots["policy@0"].ref) / CHECKPOINT
     if not policy.is_dir():
         policy = resolve_checkpoint(config.policy.path, config.policy.revision)
+        if config.policy.chat is not None:
+            policy = _with_chat(policy, config.policy.chat, folder / CHECKPOINT)
     return Rehearsed(works, paths, policy)
+
+
+def _with_chat(policy: Path, chat: Chat, folder: Path) -> Path:
+    """Make a checkpoint of links to ``policy`` with the run's chat template, which changes how long prompts are."""
+    folder.mkdir()
+    for path in checkpoint_files(policy):
+        (folder / path.name).symlink_to(path.resolve())
+    write_chat(folder, chat_settings(chat))
+    return folder
 
 
 class _Rehearsal:

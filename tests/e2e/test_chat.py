@@ -1,0 +1,28 @@
+"""A chat template reaches every step that renders, and the policies that are trained."""
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from cropi_core.policy import render
+from cropi_core.store import Store
+from tests.e2e.tiny import go, tiny
+
+
+@pytest.mark.slow
+def test_rollouts_and_trained_policies_have_the_runs_template(tmp_path):
+    template = "{% for m in messages %}{{ bos_token * times }}{{ m.content }}{% endfor %}"
+    config = tiny(policy={"chat": {"template": template, "arguments": {"times": 2}}}, stages=1)
+    store, record = Store(tmp_path), go(config, tmp_path)
+    last = store.path(record.slots["policy@1"].ref) / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    assert tokenizer.chat_template == store.path(record.slots["policy@0"].ref).joinpath(
+        "checkpoint/chat_template.jinja"
+    ).read_text(encoding="utf-8")
+    prompts = pq.read_table(store.path(record.slots["prompts/pool"].ref) / "prompts.parquet").to_pylist()
+    messages = {row["prompt_id"]: row["messages"] for row in prompts}
+    rows = pq.read_table(store.path(record.slots["rollouts/pool@1"].ref) / "parts").to_pylist()
+    assert rows
+    for row in rows:
+        assert row["prompt_ids"] == render(tokenizer, messages[row["prompt_id"]])
+        assert row["prompt_ids"][:2] == [tokenizer.bos_token_id] * 2
