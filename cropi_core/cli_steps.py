@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _policy(path: str) -> tuple[Path, str]:
+def find_policy(path: str) -> tuple[Path, str]:
     """Find a checkpoint and its digest: the store's where it lies in one, so that both agree."""
     import json
 
@@ -53,7 +53,7 @@ def rollouts(
     present(prompts, "--prompts")
     from cropi_core.rollouts import collect
 
-    directory, digest = _policy(policy)
+    directory, digest = find_policy(policy)
     with progress_bar("rollouts") as report:
         summary = collect(
             policy=directory,
@@ -98,7 +98,7 @@ def gradients(
     from cropi_core.gradients import compute
     from cropi_core.rollouts import read_rollouts, sampling_of
 
-    directory, digest = _policy(policy)
+    directory, digest = find_policy(policy)
     with progress_bar("gradients") as report:
         summary = compute(
             policy=directory,
@@ -236,8 +236,8 @@ def training(
 
     with progress_bar("training") as report:
         summary = train(
-            policy=_policy(policy)[0],
-            reference=_policy(reference)[0] if reference else None,
+            policy=find_policy(policy)[0],
+            reference=find_policy(reference)[0] if reference else None,
             prompts=prompts,
             selection=selection,
             out=out,
@@ -269,7 +269,7 @@ def evaluation(
     paths = named_paths(sets, "--set")
     from cropi_core.evaluation import evaluate
 
-    directory, digest = _policy(policy)
+    directory, digest = find_policy(policy)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar("evaluation") as report:
         summary = evaluate(

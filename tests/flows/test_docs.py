@@ -52,6 +52,8 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "export PREFECT_SERVER_API_AUTH_STRING=team:PASSWORD": "tests/flows/test_shared_server.py",
     "export PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED=events,flow_runs": "tests/flows/test_shared_server.py",
     "cropi artifacts import rollouts my.jsonl": "tests/core/test_importing.py",
+    "cropi artifacts import-log verl rollout_data/ --policy CHECKPOINT --prompts PROMPTS --tag theirs --sampling "
+    "'{samples: 8, temperature: 1.0, top_p: 1.0, max_new_tokens: 1024}'": "tests/core/test_importing_logs.py",
     "cropi study acceleration": "hours; tests/flows/test_study.py runs small ones",
     "cropi study acceleration --root /data/study --write docs/evidence.md": "hours",
     "cropi study acceleration --root /data/study --tabulate": "hours",

@@ -1,0 +1,279 @@
+"""Logs of other trainers, written as they write them: what they keep comes back, what they lack is computed."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from cropi_core.checkpoint import tree_digest
+from cropi_core.cli import app
+from cropi_core.errors import ConfigError, DataError
+from cropi_core.importing_logs import import_log
+from cropi_core.policy import load_policy
+from cropi_core.progress import silent
+from cropi_core.prompts import write_prompts
+from cropi_core.rollouts import collect, read_rollouts
+from cropi_core.store import Store
+from cropi_core.world import base_checkpoint, build
+from data_schemas.config import Grading, Runtime, Sampling
+
+SAMPLING = Sampling(samples=4, max_new_tokens=12, temperature=1.3)
+COLUMNS = ["prompt_id", "sample", "prompt_ids", "completion_ids", "text", "reward", "finish_reason"]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """Our own rollouts of the embedded policy: what a log of the same run must come back as."""
+    directory = tmp_path_factory.mktemp("ours")
+    table = build({"reverse": 6, "copy": 4, "noise": 2}, "pool", 0)
+    write_prompts(table, directory / "prompts.parquet")
+    collect(
+        policy=base_checkpoint(),
+        policy_digest="d",
+        prompts=directory / "prompts.parquet",
+        out=directory / "parts",
+        sampling=SAMPLING,
+        grading=Grading(),
+        dtype="float32",
+        seed=0,
+        shard_prompts=64,
+        runtime=Runtime(device="cpu", threads=1),
+        report=silent,
+    )
+    prompts = {row["prompt_id"]: row for row in table.to_pylist()}
+    return directory / "prompts.parquet", prompts, read_rollouts(directory / "parts")
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def verl(directory, prompts, rows):
+    """As `_dump_generations` writes: decoded prompts and responses without special tokens, a file a step."""
+    _, tokenizer = load_policy(base_checkpoint(), "float32", "cpu")
+    logged = [
+        {
+            "input": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+            "output": tokenizer.decode(row["completion_ids"], skip_special_tokens=True),
+            "gts": prompts[row["prompt_id"]]["answer"],
+            "score": row["reward"],
+            "step": 10,
+            "acc": row["reward"] == 1.0,
+        }
+        for row in rows
+    ]
+    lines(directory / "10.jsonl", logged)
+
+
+def trl(directory, prompts, rows):
+    """As `GRPOTrainer.log` writes a conversational dataset, through pandas' Parquet."""
+    table = pa.table(
+        {
+            "step": [3] * len(rows),
+            "prompt": [prompts[row["prompt_id"]]["messages"] for row in rows],
+            "completion": [[{"role": "assistant", "content": row["text"]}] for row in rows],
+            "accuracy_reward": [row["reward"] for row in rows],
+            "advantage": [0.0] * len(rows),
+        }
+    )
+    (directory / "completions").mkdir(parents=True)
+    pq.write_table(table, directory / "completions" / "completions_00003.parquet")
+
+
+def prime_rl(directory, prompts, rows, tokens=False):
+    """As `save_rollouts` writes verifiers' outputs, with or without the trajectory."""
+    logged = []
+    for i, row in enumerate(rows):
+        one = {
+            "example_id": i // 4,
+            "task": "world",
+            "prompt": prompts[row["prompt_id"]]["messages"],
+            "completion": [{"role": "assistant", "content": row["text"], "tool_calls": None}],
+            "answer": prompts[row["prompt_id"]]["answer"],
+            "reward": row["reward"],
+            "metrics": {"correct": row["reward"]},
+            "is_completed": True,
+            "is_truncated": row["finish_reason"] == "length",
+            "stop_condition": "max_turns_reached",
+            "error": None,
+            "info": {},
+        }
+        if tokens:
+            ids = {"prompt_ids": row["prompt_ids"], "completion_ids": row["completion_ids"]}
+            one["trajectory"] = [{"tokens": {**ids, "completion_logprobs": row["behavior_logprobs"]}}]
+        logged.append(one)
+    failed = {"prompt": logged[0]["prompt"], "completion": [], "reward": 0.0, "error": "TimeoutError"}
+    lines(directory / "rollouts" / "step_7" / "train_rollouts.jsonl", [*logged, failed])
+
+
+def cropi(directory, prompts, rows):
+    """As the released code reads: a line a prompt, responses and rewards beside each other."""
+    logged = []
+    for i, (name, prompt) in enumerate(prompts.items()):
+        group = [row for row in rows if row["prompt_id"] == name]
+        texts, rewards = [row["text"] for row in group], [row["reward"] for row in group]
+        question = prompt["messages"][-1]["content"]
+        logged.append(
+            {"id": i, "prompt": question, "answer": prompt["answer"], "responses": texts, "rewards": rewards}
+        )
+    lines(directory / "rollouts.jsonl", logged)
+
+
+WRITERS = {"verl": verl, "trl": trl, "prime_rl": prime_rl, "cropi": cropi}
+
+
+def imported(tmp_path, layout, prompts=None, sampling=SAMPLING, **options):
+    store = Store(tmp_path / "root")
+    options = {"policy": base_checkpoint(), "policy_digest": "d", "device": "cpu", **options}
+    ref = import_log(store, tmp_path / "log", layout, sampling=sampling, prompts=prompts, **options)
+    return read_rollouts(store.path(ref) / "parts"), store.manifest(ref).summary
+
+
+def close(one, other, limit=2e-4):
+    pairs = zip(one["behavior_logprobs"].to_pylist(), other["behavior_logprobs"].to_pylist(), strict=True)
+    return max(abs(a - b) for left, right in pairs for a, b in zip(left, right, strict=True)) < limit
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_our_own_rollouts_written_as_another_trainers_log_come_back(ours, tmp_path, layout):
+    table, prompts, rollouts = ours
+    WRITERS[layout](tmp_path / "log", prompts, rollouts.to_pylist())
+    found, summary = imported(tmp_path, layout, table)
+    if layout != "prime_rl":  # whose rows say which were cut
+        assert any("does not say which completions were cut" in text for text in summary["approximations"])
+    assert found.select(COLUMNS).equals(
+        rollouts.select(COLUMNS).combine_chunks().cast(found.select(COLUMNS).schema)
+    )
+    assert close(found, rollouts)
+    assert any("log-probabilities are our own forward's" in text for text in summary["approximations"])
+    assert (summary["unmatched"], summary["text_changed"], summary["outside_top_p"]) == (0, 0, 0)
+    assert summary["failed_rollouts"] == (1 if layout == "prime_rl" else 0)
+    assert summary["steps"] == {"verl": [10], "trl": [3]}.get(layout, [])
+
+
+def test_logged_tokens_and_log_probabilities_are_kept_and_compared(ours, tmp_path):
+    _, prompts, rollouts = ours
+    rows = rollouts.to_pylist()
+    for row in rows:
+        row["behavior_logprobs"] = [value - 0.25 for value in row["behavior_logprobs"]]
+    prime_rl(tmp_path / "log", prompts, rows, tokens=True)
+    found, summary = imported(tmp_path, "prime_rl", ours[0])
+    assert found["completion_ids"].to_pylist() == [row["completion_ids"] for row in rows]
+    assert found["behavior_logprobs"].to_pylist() == [
+        pytest.approx(row["behavior_logprobs"], abs=1e-6) for row in rows
+    ]
+    assert summary["parity"]["mean_difference"] == pytest.approx(0.25, abs=1e-3)
+    assert len(summary["approximations"]) == 1
+    assert "are 0.25 a token from them" in summary["approximations"][0]
+
+
+@pytest.mark.parametrize("layout", ["trl", "prime_rl"])
+def test_without_a_table_prompts_are_made_of_the_log(ours, tmp_path, layout):
+    _, prompts, rollouts = ours
+    WRITERS[layout](tmp_path / "log", prompts, rollouts.to_pylist())
+    found, _ = imported(tmp_path, layout)
+    assert found["prompt_ids"].to_pylist() == rollouts["prompt_ids"].to_pylist()
+    assert len(set(found["prompt_id"].to_pylist())) == len(prompts)
+
+
+def test_what_is_not_in_the_table_is_left_out_and_counted(ours, tmp_path):
+    _, prompts, rollouts = ours
+    verl(tmp_path / "log", prompts, rollouts.to_pylist())
+    few = build({"reverse": 6}, "pool", 0)
+    write_prompts(few, tmp_path / "few.parquet")
+    known = set(few["prompt_id"].to_pylist()) & set(prompts)
+    found, summary = imported(tmp_path, "verl", tmp_path / "few.parquet")
+    assert set(found["prompt_id"].to_pylist()) == known
+    assert summary["unmatched"] == rollouts.num_rows - 4 * len(known)
+    write_prompts(build({"sort": 3}, "test", 5), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=f"none of the {rollouts.num_rows} completions"):
+        imported(tmp_path, "verl", tmp_path / "other.parquet")
+
+
+def test_several_steps_are_one_policys_only_by_assumption(ours, tmp_path):
+    table, prompts, rollouts = ours
+    rows = rollouts.to_pylist()
+    verl(tmp_path / "log", prompts, rows[:8])
+    later = [
+        json.loads(line) | {"step": 9} for line in (tmp_path / "log" / "10.jsonl").read_text().splitlines()
+    ]
+    lines(tmp_path / "log" / "9.jsonl", later)
+    found, summary = imported(tmp_path, "verl", table)
+    assert summary["steps"] == [9, 10]
+    assert any("2 training steps, 9 to 10" in text for text in summary["approximations"])
+    assert found["sample"].to_pylist() == [*range(8), *range(8)]
+
+
+def test_rewards_that_no_function_gave_are_null(ours, tmp_path):
+    table, prompts, rollouts = ours
+    rows = rollouts.to_pylist()
+    rows[0]["reward"] = None
+    rows[1]["reward"] = float("nan")
+    trl(tmp_path / "log", prompts, rows)
+    found, summary = imported(tmp_path, "trl", table)
+    assert found["reward"].to_pylist()[:3] == [None, None, rows[2]["reward"]]
+    assert summary["not_gradable"] == 2
+
+
+def test_the_reward_is_chosen_among_several_columns(ours, tmp_path):
+    table, prompts, rollouts = ours
+    trl(tmp_path / "log", prompts, rollouts.to_pylist())
+    file = tmp_path / "log" / "completions" / "completions_00003.parquet"
+    logged = pq.read_table(file)
+    pq.write_table(logged.append_column("format_reward", [[0.5] * logged.num_rows]), file)
+    with pytest.raises(ConfigError, match="accuracy_reward, format_reward; name one with --reward"):
+        imported(tmp_path, "trl", table)
+    assert set(imported(tmp_path, "trl", table, reward="format_reward")[0]["reward"].to_pylist()) == {0.5}
+    with pytest.raises(ConfigError, match="no column of numbers called 'nope'"):
+        imported(tmp_path, "trl", table, reward="nope")
+
+
+FAULTY = {
+    "verl": (
+        [{"input": "a", "output": 1, "score": 0.0, "step": 1}, {"input": "a", "output": "b", "step": 1}],
+        ["output is int, not str (row 1)", "score is NoneType, not a number (row 2)"],
+    ),
+    "prime_rl": (
+        [
+            {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}] * 2, "reward": 1.0},
+            {"nodes": [], "rewards": {}},
+            {"prompt": "a", "completion": "b", "reward": 1.0, "trajectory": [{}, {}]},
+            {"prompt": [{"role": "assistant", "content": "b"}], "completion": "b", "reward": 1.0},
+        ],
+        ["one message of the assistant", "WireTrace", "has 2 turns", "end with a question"],
+    ),
+    "cropi": (
+        [
+            {"prompt": "a", "answer": "b", "responses": ["x"], "rewards": [1, 0]},
+            {"prompt": "a", "responses": []},
+        ],
+        ["with a reward each in rewards (row 1)", "rewards is NoneType, not list (row 2)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", FAULTY)
+def test_every_fault_of_a_log_is_in_one_error(tmp_path, layout):
+    rows, words = FAULTY[layout]
+    lines(tmp_path / "log" / ("train_rollouts.jsonl" if layout == "prime_rl" else "1.jsonl"), rows)
+    with pytest.raises(DataError) as raised:
+        imported(tmp_path, layout)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_the_command_says_what_is_assumed(ours, tmp_path):
+    table, prompts, rollouts = ours
+    verl(tmp_path / "log", prompts, rollouts.to_pylist())
+    options = ["--policy", "embedded", "--sampling", SAMPLING.model_dump_json(), "--device", "cpu"]
+    root = ["--root", str(tmp_path / "root"), "--prompts", str(table)]
+    done = CliRunner().invoke(
+        app, ["artifacts", "import-log", "verl", str(tmp_path / "log"), *options, *root]
+    )
+    assert done.exit_code == 0, done.output
+    assert "assumed: token ids are the texts'" in done.output
+    (key,) = Store(tmp_path / "root").keys("rollouts")
+    assert key in done.output
+    assert Store(tmp_path / "root").manifest(key).summary["policy"] == tree_digest(base_checkpoint())
