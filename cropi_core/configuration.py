@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cropi_core.config_faults import Fault, Location, describe, near, refuse, show
 from cropi_core.errors import ConfigError
-from data_schemas.config import Config, Data, Section
+from data_schemas.config import Config, Data, Section, Source
 
 PRESETS = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
 """A checkout's presets, and an installed package's."""
@@ -174,12 +174,20 @@ def _contradictions(rest: dict[str, Any], sets: Any) -> list[str]:
 
 
 def _data_names(data: Any) -> Data:
-    """Keep the names of the sets, which is all that contradictions are about."""
+    """Keep the names of the sets and the sources that are right by themselves: what contradictions are about."""
     parts = data if isinstance(data, dict) else {}
     validation, test = (
-        v if isinstance(v := parts.get(part), dict) else {} for part in ("validation", "test")
+        {name: _source(raw) for name, raw in v.items()} if isinstance(v := parts.get(part), dict) else {}
+        for part in ("validation", "test")
     )
-    return Data.model_construct(validation=validation, test=test)
+    return Data.model_construct(pool=_source(parts.get("pool")), validation=validation, test=test)
+
+
+def _source(raw: Any) -> Any:
+    try:
+        return TypeAdapter(Source).validate_python(raw)
+    except ValidationError:
+        return None  # its own faults were told already
 
 
 def _steps_in(data: Any, location: Location) -> Location:

@@ -163,6 +163,8 @@ def load_function(path: str, sha256: str) -> VerifierFunction:
     module = (
         _run_file(Path(place).expanduser(), sha256) if place.endswith(SUFFIX) else _imported(place, sha256)
     )
+    if not hasattr(module, name):
+        raise AttributeError(f"{place} has no {name!r}")
     function: Any = getattr(module, name)
     if not callable(function):
         raise TypeError(f"{path} is a {type(function).__name__}, not callable")

@@ -77,7 +77,7 @@ def contradictions(config: "Config") -> list[str]:
     """List the sources that name a verifier there is none of."""
     data, known = config.data, config.grading.verifiers
     named = {
-        "data.pool": getattr(data, "pool", None),  # absent while other faults of a file are told
+        "data.pool": data.pool,
         **{f"data.validation.{name}": source for name, source in data.validation.items()},
         **{f"data.test.{name}": source for name, source in data.test.items()},
     }

@@ -180,3 +180,21 @@ def test_sections_are_built_from_overrides_alone():
         load_sections({"projection": Projection}, ["projecton.k=1", "projection.k=1", "projection.kk=1", "x"])
     for word in ("did you mean projection?", "projection.k = 1", "projection.kk: unknown", "x: an override"):
         assert word in str(raised.value)
+
+
+def test_a_verifier_that_nobody_defined_is_told_with_the_other_faults_of_a_file(tmp_path):
+    source = {"kind": "file", "path": "p.jsonl", "columns": {}, "verifier": "mine"}
+    data = {"pool": source, "validation": {"v": source | {"limit": 0}, "w": source}}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"data": data, "seeds": 1}))
+    with pytest.raises(ConfigError) as raised:
+        load_config(str(path))
+    message = str(raised.value)
+    assert "4 faults" in message
+    for word in (
+        "data.pool.verifier=mine is none of exact",
+        "data.validation.w.verifier=mine",
+        "limit",
+        "seeds",
+    ):
+        assert word in message
