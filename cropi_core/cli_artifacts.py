@@ -1,5 +1,6 @@
 """``cropi artifacts``: look at a store, verify it, bring files in and out, name and collect artifacts."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -349,7 +350,7 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
     age: Annotated[
         float,
-        typer.Option(min=0, metavar="HOURS", help="Of an address: uploads that were cut short so long ago."),
+        typer.Option(min=0, metavar="HOURS", help="Of an address: only what was written so long ago."),
     ] = 24.0,
     cache: Annotated[
         bool, typer.Option("--cache", help="Of an address: only copies on this machine, by --keep-gb.")
@@ -374,6 +375,9 @@ def gc(
         return
     rows = []
     for key in unnamed(store):
+        # Another machine's run names an artifact a moment after it is there.
+        if store.remote and store.remote.written(key) > time.time() - age * 3600:
+            continue
         rows.append({"key": key, "bytes": _size(store.manifest(key))})
         if yes:
             with store.claim(key):

@@ -11,6 +11,7 @@ of the environment and of the usual files: none is read, kept or said here.
 import contextlib
 import datetime
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -41,7 +42,13 @@ class Listed:
 
 
 def is_address(root: object) -> bool:
-    """Whether a root is an address and no directory."""
+    """Whether a root is an address and no directory.
+
+    Raises:
+        ConfigError: It is an address that went through :class:`pathlib.Path`, which takes a slash away.
+    """
+    if isinstance(root, Path) and re.match(r"[a-z][a-z0-9+.-]+:/", str(root)):
+        raise ConfigError(f"root {root}: give an address as text; a Path makes one slash of its two")
     return "://" in str(root)
 
 

@@ -113,6 +113,10 @@ class Remote:
                 path.unlink(missing_ok=True)
         return sorted(listed, key=lambda key: (listed[key].modified, key))
 
+    def written(self, key: str) -> float:
+        """Return when a manifest was written, in seconds since 1970, as the last listing said."""
+        return self.mirror(key).stat().st_mtime
+
     def manifest(self, key: str) -> Manifest:
         """Read the copy of a manifest."""
         return read_manifest(self.mirror(key).read_bytes(), self._address(key))

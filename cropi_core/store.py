@@ -74,9 +74,10 @@ class Store:
     def no_space(self, what: str) -> CropiError:
         """Say that the disk is full, and that nothing is lost by it."""
         free = shutil.disk_usage(self.root).free
+        advice = "gc --cache` lists copies" if self.remote else "gc` lists what nothing needs"
         return CropiError(
             f"{what}: no space left below {self.root} ({free / 1e6:.1f} MB free); what is whole was kept: "
-            "free some space (`cropi artifacts gc` lists what nothing needs) and run the same command again"
+            f"free some space (`cropi artifacts {advice}) and run the same command again"
         )
 
     def path(self, ref: ArtifactRef | str) -> Path:

@@ -69,6 +69,11 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
         {"config", "overrides", "straight", "prefect", "found_s", "found_overhead_s", "overhead_s"}
         | {"share_of_ten_minutes"},
     ),
+    "s3_root": (
+        ["--repeats", "1", "-o", "stages=1", "-o", "training.steps=2", "-o", "selection.strategy=random"],
+        {"config", "overrides", "directory", "directory_found", "s3", "s3_found", "s3_elsewhere", "ratio"}
+        | {"cpu_ratio", "requests", "artifacts", "objects", "megabytes"},
+    ),
     "store": (["--rows", "40", "--k", "64", "--repeats", "1"], {"rows", "k", "figures"}),
 }
 

@@ -23,11 +23,14 @@ CREDENTIALS = {
 class Server:
     """The server's process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: str = "0", **environment: str) -> None:
         self.log = folder / "server.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=out, stderr=out
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port],
+                stdout=out,
+                stderr=out,
+                env=os.environ | environment,
             )
         deadline = time.monotonic() + 60
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())):

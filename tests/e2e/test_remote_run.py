@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from core.bucket import new_bucket, objects
 
+from cropi_core.objects import Objects
 from cropi_core.runs import load_run
 from cropi_core.store import Store
 from tests.e2e.tiny import computed, digests, go, settings, tiny
@@ -80,6 +82,58 @@ def test_a_step_in_a_process_of_its_own_gives_the_same(first, machines, monkeypa
     shared = {slot: digest for slot, digest in digests(first).items() if not slot.endswith("@2")}
     assert digests(record) == shared
     assert sum(name.startswith("manifests/") for name in objects(other)) == len(set(shared.values()))
+
+
+KILLED = """
+import os, signal, sys
+from cropi_core.objects import Objects
+from tests.e2e.tiny import go, tiny
+
+send = Objects.send
+
+def watched(self, path, name):
+    if name.startswith("files/gradients-"):
+        watched.count += 1
+        if watched.count == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    send(self, path, name)
+
+watched.count = 0
+Objects.send = watched
+go(tiny(stages=1), sys.argv[1])
+"""
+
+
+def test_a_run_killed_while_it_sends_goes_on_and_computes_nothing_again(first, machines):
+    url, env = new_bucket(), {**os.environ, **machines("killed")}
+    child = subprocess.run([sys.executable, "-c", KILLED, url], env=env, check=False)
+    assert child.returncode == -signal.SIGKILL
+    before = {
+        name.split("/")[1].removesuffix(".json") for name in objects(url) if name.startswith("manifests/")
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROPI_CACHE", env["CROPI_CACHE"])
+        record = go(tiny(stages=1), url)
+    assert digests(record) == {k: v for k, v in digests(first).items() if not k.endswith("@2")}
+    found = {entry.ref.key for entry in record.slots.values() if entry.origin == "cached"}
+    sent = record.slots["gradients/pool@1"]
+    assert (sent.origin, sent.ref.key in before) == ("cached", False), (
+        "whole on this machine, it is only sent"
+    )
+    assert before < found
+
+
+def test_an_object_that_was_lost_is_computed_again_and_the_run_says_so(first, url, machines, monkeypatch):
+    monkeypatch.setenv("CROPI_CACHE", machines("fourth")["CROPI_CACHE"])
+    key = first.slots["scores@2"].ref.key
+    (lost,) = [name for name in objects(url) if name.startswith(f"files/{key}/")]
+    Objects(url).remove(lost)
+    record = go(tiny(), url)
+    assert computed(record) == {"scores@2"}
+    assert digests(record) == digests(first)
+    (note,) = record.notes
+    assert f"{url}/{lost} is missing" in note
+    assert Store(url).audit(key) == ([], None)
 
 
 def cropi(*arguments, env, code=0):

@@ -51,6 +51,18 @@ def pages(run):
     return {step: view(step, found) for step, found in shown.items()}
 
 
+@pytest.mark.parametrize("step", ["gradients", "scores", "selection", "training"])
+def test_what_a_machine_has_no_copy_of_has_a_page_without_pictures(run, step):
+    store, record = run
+    slots = {slot: store.manifest(entry.ref) for slot, entry in record.slots.items()}
+    nowhere = Path("/nowhere")
+    shown = [Shown(slot, "cached", made, nowhere) for slot, made in slots.items() if made.step == step]
+    page = view(step, shown)
+    assert "No pictures" in page
+    assert not pictures(page)
+    assert all(one.manifest.key in page for one in shown)
+
+
 def pictures(page: str) -> list[list[str]]:
     """The texts of every picture, its title first."""
     found = []

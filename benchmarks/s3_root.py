@@ -1,0 +1,130 @@
+"""Measure what a root on S3 costs: the same curriculum below a directory and at an address of a server on this machine.
+
+    python benchmarks/s3_root.py [-o stages=1] [--repeats 2] [--json FILE]      # the demo, about four minutes
+
+The server is moto's, in a process of its own on the same cores: there is no network in these figures, so requests are
+counted too, and each costs a round trip. Both ways are commands of their own from the interpreter's start to its end,
+straight through `cropi_core`, in turn; the least of each. `found` is the same command again, `elsewhere` the same with
+an empty cache, as on another machine: nothing is computed in either.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import children_cpu_seconds, machine, write_figures
+
+STRAIGHT = """
+import sys
+from cropi_core.configuration import load_config
+from cropi_core.curriculum import curriculum
+from cropi_core.steps import run_step
+from cropi_core.store import Store
+
+config, store = load_config(sys.argv[1], sys.argv[3:]), Store(sys.argv[2])
+curriculum(config, store, lambda spec: run_step(spec, store))
+"""
+ACCESS = {
+    "AWS_ACCESS_KEY_ID": "benchmark",
+    "AWS_SECRET_ACCESS_KEY": "benchmark",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+class Server:
+    """moto's server, which logs a line a request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "server.log"
+        with self.log.open("wb") as out:
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())):
+            if self.process.poll() is not None:
+                raise SystemExit(f"moto's server did not start:\n{self.log.read_text()}")
+            time.sleep(0.05)
+        self.address = found[0]
+
+    def requests(self) -> int:
+        """Count what was asked so far."""
+        return len(re.findall(r'" \d{3} -', self.log.read_text()))
+
+
+def run(config: str, root: str, override: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Run a curriculum to its end; seconds and processor seconds."""
+    start, before = time.monotonic(), children_cpu_seconds()
+    command = [sys.executable, "-c", STRAIGHT, config, root, *override]
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, check=False, env=os.environ | environment
+    )
+    if done.returncode:
+        raise SystemExit(f"a run below {root} failed with exit code {done.returncode}:\n{done.stderr}")
+    return {"s": time.monotonic() - start, "cpu_s": children_cpu_seconds() - before}
+
+
+def compare(config: str, override: list[str], repeats: int, folder: Path, server: Server) -> dict[str, Any]:
+    """Run both ways in turn."""
+    import fsspec
+
+    os.environ.update(ACCESS | {"AWS_ENDPOINT_URL": server.address})
+    found: dict[str, list[dict[str, float]]] = {}
+    requests: dict[str, int] = {}
+
+    def measure(way: str, root: str, cache: str) -> None:
+        before = server.requests()
+        found.setdefault(way, []).append(run(config, root, override, {"CROPI_CACHE": str(folder / cache)}))
+        requests[way] = server.requests() - before
+
+    s3 = fsspec.filesystem("s3", use_listings_cache=False)
+    for i in range(repeats):
+        s3.mkdir(f"benchmark-{i}")
+        for way, root in (("directory", str(folder / f"d{i}")), ("s3", f"s3://benchmark-{i}/root")):
+            measure(way, root, f"one{i}")
+            measure(f"{way}_found", root, f"one{i}")
+        measure("s3_elsewhere", f"s3://benchmark-{i}/root", f"other{i}")
+    sizes = [info["size"] for info in s3.find("benchmark-0/root/files", detail=True).values()]
+    best = {way: min(runs, key=lambda one: one["s"]) for way, runs in found.items()}
+    return {
+        "config": config,
+        "overrides": override,
+        **best,
+        "ratio": best["s3"]["s"] / best["directory"]["s"],
+        "cpu_ratio": best["s3"]["cpu_s"] / best["directory"]["cpu_s"],
+        "requests": {way: count for way, count in requests.items() if way.startswith("s3")},
+        "artifacts": len(s3.find("benchmark-0/root/manifests")),
+        "objects": len(sizes),
+        "megabytes": sum(sizes) / 1e6,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="demo", help="A YAML file, or the name of a preset.")
+    parser.add_argument("-o", "--override", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cropi-s3-") as folder:
+        server = Server(Path(folder))
+        try:
+            result = compare(options.config, options.override, options.repeats, Path(folder), server)
+        finally:
+            server.process.kill()
+            server.process.wait()
+    result["machine"] = machine()
+    print(json.dumps(result, indent=1))
+    write_figures(result, options.json)
+
+
+if __name__ == "__main__":
+    main()
