@@ -30,7 +30,7 @@ FROM base AS orchestrator
 # mirror of it, as TORCH_OPTIONS. Its versions have a local part (+cpu), which the constraint's == admits.
 ARG TORCH_OPTIONS=""
 RUN pip install ${TORCH_OPTIONS} "$(grep '^torch==' constraints.txt)" \
-    && pip install --constraint constraints.txt --editable '.[all]'
+    && pip install --constraint constraints.txt --editable '.[all,s3]'
 # 1000 is cropi; a number is what Kubernetes' runAsNonRoot can check.
 USER 1000
 WORKDIR /data
@@ -39,7 +39,7 @@ ENTRYPOINT ["cropi"]
 CMD ["--help"]
 
 FROM base AS worker
-RUN pip install --constraint constraints.txt --editable '.[all]'
+RUN pip install --constraint constraints.txt --editable '.[all,s3]'
 USER 1000
 WORKDIR /data
 VOLUME /data

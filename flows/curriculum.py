@@ -87,7 +87,9 @@ def curriculum(
     ] = None,
     root: Annotated[
         str | None,
-        Field(min_length=1, description="Directory of the artifacts. Empty: that of the deployment."),
+        Field(
+            min_length=1, description="Directory or address of the artifacts. Empty: that of the deployment."
+        ),
     ] = None,
     stages: Annotated[
         int | None, Field(ge=1, le=1000, description="Stages, over the configuration's.")
@@ -111,7 +113,7 @@ def curriculum(
         config: A whole configuration. Empty: the preset's.
         preset: Name of a file of `configs/`.
         file: A YAML file of the machine that runs this, in place of a preset.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         stages: Stages, over the configuration's.
         seed: Seed, over the configuration's.
         ratio: Share of the pool a stage trains on, over the configuration's.

@@ -56,7 +56,7 @@ def rerun(
     Args:
         slot: Place in the run, such as `scores@1`.
         run: Id of the run.
-        root: Directory of the artifacts; None is that of the deployment.
+        root: Directory or address of the artifacts; None is that of the deployment.
         changes: Settings by section and name; None leaves one as it was.
         inputs: Other artifacts to take, by input name; None takes the run's.
         refresh: Compute it again even if it is there.

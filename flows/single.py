@@ -21,7 +21,8 @@ from tasks.steps import store_at
 Run = Annotated[str, Field(min_length=1, max_length=60, description="Id of the run, such as demo-1a2b3c4d.")]
 Stage = Annotated[int, Field(ge=1, le=1000, description="Stage of the run.")]
 Root = Annotated[
-    str | None, Field(min_length=1, description="Directory of the artifacts. Empty: that of the deployment.")
+    str | None,
+    Field(min_length=1, description="Directory or address of the artifacts. Empty: that of the deployment."),
 ]
 Again = Annotated[bool, Field(description="Compute it again even if it is there.")]
 Prompts = Annotated[
@@ -54,7 +55,7 @@ def rollouts(
     Args:
         run: Id of the run.
         stage: Stage whose rollouts are repeated; a run that collects once has them in stage 1.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         prompts: `pool` or a validation set.
         samples: Completions a prompt.
         temperature: Sampling temperature.
@@ -87,7 +88,7 @@ def gradients(
     Args:
         run: Id of the run.
         stage: Stage whose policy is differentiated.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         prompts: `pool` or a validation set.
         k: Dimensions of a feature.
         density: Share of the coordinates kept before projecting.
@@ -122,7 +123,7 @@ def scores(
     Args:
         run: Id of the run.
         stage: Stage whose scores are repeated.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         metric: Cosine, or the plain inner product.
         target: How a validation set's gradients become one direction.
         fusion: How the sets' orders become one.
@@ -152,7 +153,7 @@ def selection(
     Args:
         run: Id of the run.
         stage: Stage whose subset is chosen.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         strategy: How prompts are chosen.
         ratio: Share of the pool.
         pass_rate_target: For the strategy `pass_rate`.
@@ -188,7 +189,7 @@ def training(
     Args:
         run: Id of the run.
         stage: Stage to train.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         steps: Optimizer steps.
         learning_rate: Of the optimizer.
         seed: Another seed.
@@ -217,7 +218,7 @@ def evaluation(
     Args:
         run: Id of the run.
         stage: Stage after which the policy is measured; 0 is the base policy.
-        root: Directory of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
+        root: Directory or address of the artifacts. Empty: that of `CROPI_ROOT`, or `.cropi` of the checkout.
         samples: Completions a prompt.
         temperature: Sampling temperature.
         max_new_tokens: Longest completion.
