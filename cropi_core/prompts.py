@@ -22,10 +22,12 @@ from cropi_core.mapping import mapped_rows
 from cropi_core.prompt_rows import Row, asked_text, check_settings, checked_rows
 from cropi_core.tables import read_parquet, read_rows, write_parquet
 from data_schemas.arrow import PROMPTS
-from data_schemas.config import ReasoningGymSource, Source, TableSource, WorldSource
+from data_schemas.config import ReasoningGymSource, TableSource, WorldSource
 
 
-def load_source(source: Source, split: str, path: str | None) -> tuple[pa.Table, dict[str, int]]:
+def load_source(
+    source: WorldSource | TableSource | ReasoningGymSource, split: str, path: str | None
+) -> tuple[pa.Table, dict[str, int]]:
     """Read or generate a set of prompts.
 
     Args:

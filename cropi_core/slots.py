@@ -12,7 +12,7 @@ from typing import Any
 
 from cropi_core.content import file_sha256
 from cropi_core.errors import ConfigError
-from data_schemas.config import Config, ReasoningGymSource, Source, TableSource
+from data_schemas.config import Config, MixSource, ReasoningGymSource, Source, TableSource
 
 
 def slots(config: Config) -> list[str]:
@@ -48,6 +48,14 @@ def pin_for(pins: dict[str, str], slot: str) -> str | None:
 
 def source_settings(source: Source, split: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Split a source into what its prompts depend on and where they lie: a file counts by content."""
+    if isinstance(source, MixSource):
+        parts = [source_settings(one, split) for one in source.sources]
+        versions = {
+            k: v for settings, _ in parts for k, v in settings.items() if k not in ("source", "split")
+        }
+        mixed = {"kind": "mix", "sources": [settings["source"] for settings, _ in parts]}
+        places = {f"path.{i}": at["path"] for i, (_, at) in enumerate(parts) if "path" in at}
+        return {"source": mixed, "split": split, **versions}, places
     settings = source.for_key()
     if isinstance(source, ReasoningGymSource):
         from cropi_core.gym_tasks import package_version  # late: it brings the tables

@@ -15,6 +15,7 @@ from cropi_core.steps import Work
 from data_schemas.config import (
     Evaluation,
     Gradients,
+    MixSource,
     Objective,
     Projection,
     Sampling,
@@ -38,13 +39,17 @@ ACCURACY_FILE = "accuracy.json"
 
 def prompts_step(work: Work) -> dict[str, Any]:
     """Read or generate one set of prompts into ``prompts.parquet``."""
+    from cropi_core.mixing import load_mix
     from cropi_core.prompts import load_source, summarise, write_prompts
 
     settings = work.spec.settings
     if "spot" in settings:
         return _spot_prompts(work)
     source: Source = TypeAdapter(Source).validate_python(settings["source"])
-    table, dropped = load_source(source, settings["split"], work.spec.location.get("path"))
+    if isinstance(source, MixSource):
+        table, dropped = load_mix(source, settings["split"], work.spec.location)
+    else:
+        table, dropped = load_source(source, settings["split"], work.spec.location.get("path"))
     write_prompts(table, work.out / PROMPTS_FILE)
     return summarise(table) | {"dropped": dropped}
 

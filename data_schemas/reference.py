@@ -13,6 +13,7 @@ from data_schemas.config import (
     Config,
     GymTask,
     HttpVerifier,
+    MixSource,
     Ray,
     ReasoningGymSource,
     Sampling,
@@ -53,6 +54,7 @@ def reference() -> str:
         ("A world source (`kind: world`)", WorldSource),
         ("A table source (`kind: file` or `kind: hub`)", TableSource),
         ("`columns` of a table source", Columns),
+        ("A mix of sources (`kind: mix`)", MixSource),
         ("A reasoning-gym source (`kind: reasoning_gym`)", ReasoningGymSource),
         ("`tasks` of a reasoning-gym source, by name", GymTask),
         (

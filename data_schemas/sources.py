@@ -31,6 +31,8 @@ class Section(BaseModel):
                 del settings[name]
             elif isinstance(value, Section):
                 settings[name] = value.for_key()
+            elif isinstance(value, tuple) and all(isinstance(one, Section) for one in value):
+                settings[name] = [one.for_key() for one in value]
             elif isinstance(value, dict):
                 settings[name] |= {
                     key: one.for_key() for key, one in value.items() if isinstance(one, Section)
@@ -182,7 +184,16 @@ class ReasoningGymSource(Section):
     )
 
 
-Source = Annotated[WorldSource | TableSource | ReasoningGymSource, Field(discriminator="kind")]
+class MixSource(Section):
+    """Several sources put together, in their order."""
+
+    kind: Literal["mix"]
+    sources: tuple[
+        Annotated[WorldSource | TableSource | ReasoningGymSource, Field(discriminator="kind")], ...
+    ] = Field(min_length=2, description="What to put together; a prompt that two of them have is taken once.")
+
+
+Source = Annotated[WorldSource | TableSource | ReasoningGymSource | MixSource, Field(discriminator="kind")]
 
 
 class Data(Section):
