@@ -41,6 +41,7 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "make test": "this is a part of it",
     "pip install -c constraints.txt '.[all]'": "the Makefile's installation is this with -e",
     "cropi run configs/gsm8k-smollm2.yaml": "a checkpoint of a hub and an hour",
+    "cropi run configs/small-gpu.yaml": "a GPU",
     "cropi run demo -o runtime.ray.address=ray://head:10001 -o runtime.ray.workers=16": "a cluster",
     "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token": "a cluster",
     "ray get-auth-token --generate > /dev/null": "a cluster",
