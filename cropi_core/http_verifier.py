@@ -3,8 +3,8 @@
     POST url  {"completion": "…", "answer": "…", "prompt": [{"role": "user", "content": "…"}]}
     200       {"reward": 0.5}     or {"reward": null, "reason": "…"}: not gradable
 
-What fails is not gradable, never 0. A server that answered none of a call's items is no matter of the items: that is an
-error, and the step goes on from its last whole part when it is run again.
+What fails is not gradable, never 0. A server that has not graded anything yet, or nothing of several items in a row, is
+no matter of the items: that is an error, and the step goes on from its last whole part when it is run again.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ ANSWER_BYTES = 64 << 10
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 POLL_S = 0.2
+SILENT = 8
+"""Items in a row that a server may fail to grade before it is the server's failure."""
 
 Verdict = tuple[float | None, str]
 """A reward, or None and why there is none."""
@@ -48,6 +50,7 @@ class HttpGrader:
 
     def __init__(self, name: str, settings: HttpVerifier) -> None:
         self.name, self.settings = name, settings
+        self.graded, self.failed = 0, 0  # all so far, and in a row
         # Compressed answers could grow without bound while they are read.
         self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         self.headers |= {
@@ -62,7 +65,7 @@ class HttpGrader:
         """Post bodies, ``concurrency`` at a time; the verdicts are in their order.
 
         Raises:
-            ServerError: The server gave no verdict on any of them.
+            ServerError: The server gave no verdict on any of them, and it is not their fault: see the module.
         """
         with _loop() as loop:
             future = asyncio.run_coroutine_threadsafe(self._grade(bodies), loop)
@@ -70,9 +73,12 @@ class HttpGrader:
                 # Not for ever: a step is cancelled by an exception set on its thread, which needs a bytecode.
                 wait([future], POLL_S)
             found = future.result()
-        if found and all(isinstance(one, UnansweredError) for one in found):
+        graded = sum(not isinstance(one, UnansweredError) for one in found)
+        self.graded += graded
+        self.failed = 0 if graded else self.failed + len(found)
+        if found and not graded and (not self.graded or self.failed >= SILENT):
             raise ServerError(
-                f"the verifier {self.name} at {self.settings.url} graded none of {len(found)} completions: {found[0]}"
+                f"the verifier {self.name} at {self.settings.url} graded none of {self.failed} completions: {found[-1]}"
             )
         return [(None, str(one)) if isinstance(one, UnansweredError) else one for one in found]
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from data_schemas.sources import LATER, Name, Section, TableSource
+from data_schemas.sources import LATER, MixSource, Name, Section, TableSource
 
 if TYPE_CHECKING:
     from data_schemas.config import Config
@@ -81,6 +81,9 @@ def contradictions(config: "Config") -> list[str]:
         **{f"data.validation.{name}": source for name, source in data.validation.items()},
         **{f"data.test.{name}": source for name, source in data.test.items()},
     }
+    for place, source in list(named.items()):
+        if isinstance(source, MixSource):
+            named |= {f"{place}.sources.{number}": one for number, one in enumerate(source.sources)}
     return [
         f"{place}.verifier={source.verifier} is none of {', '.join(known)}; define it in grading.functions or .http"
         for place, source in named.items()

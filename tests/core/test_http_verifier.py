@@ -186,6 +186,17 @@ def test_a_server_that_grades_nothing_at_all_is_an_error_and_no_reward(server):
         one.grade("judge", "a", "a")
 
 
+def test_one_item_that_a_server_cannot_grade_is_that_items_matter_and_many_in_a_row_are_the_servers(server):
+    with verifier(server) as one:
+        assert one.grade("judge", "a", "a") == Grade(1.0, "")
+        for i in range(http_verifier.SILENT - 1):
+            assert one.grade("judge", "status 404", str(i)).reward is None
+        with pytest.raises(ServerError, match="graded none of 8 completions: HTTP 404"):
+            one.grade("judge", "status 404", "once more")
+        assert one.grade("judge", "b", "b") == Grade(1.0, "")
+        assert one.grade("judge", "status 404", "again").reward is None
+
+
 def test_requests_go_side_by_side_up_to_the_limit(server):
     start = time.monotonic()
     with verifier(server, concurrency=4) as one:
@@ -202,8 +213,9 @@ def test_secrets_come_from_the_environment_and_show_nowhere(server, monkeypatch)
     with verifier(server, headers_from_env=headers) as one:
         assert one.grade("judge", "a", "a") == Grade(1.0, "")
         assert server.seen[0]["headers"]["Authorization"] == "Bearer s3cret"
-        with pytest.raises(ServerError) as failed:
-            one.grade("judge", "status 403", "")
+        assert "s3cret" not in one.grade("judge", "status 403", "").reason
+    with verifier(server, headers_from_env=headers) as one, pytest.raises(ServerError) as failed:
+        one.grade("judge", "status 403", "")
     assert "s3cret" not in str(failed.value)
     with pytest.raises(ConfigError, match="characters that no HTTP header can") as refused:
         verifier(server, headers_from_env={"Authorization": "BROKEN"})

@@ -387,6 +387,9 @@ def test_names_that_cannot_be_are_refused_together(file: Path):
         ValidationError, match=r"data\.pool\.verifier=mine is none of exact, .* grading\.functions"
     ):
         Config.model_validate({"data": {"pool": table, "validation": {"v": WORLD}}})
+    mix = {"kind": "mix", "sources": [table | {"verifier": "exact"}, table]}
+    with pytest.raises(ValidationError, match=r"data\.test\.t\.sources\.1\.verifier=mine"):
+        Config.model_validate({"data": {"pool": WORLD, "validation": {"v": WORLD}, "test": {"t": mix}}})
     grading = {"functions": functions(file, "partial") | {"mine": f"{file}:nan"}}
     made = Config.model_validate({"data": {"pool": table, "validation": {"v": WORLD}}, "grading": grading})
     assert Config.model_validate_json(made.model_dump_json()) == made
