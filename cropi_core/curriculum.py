@@ -69,10 +69,17 @@ class Curriculum:
         sources = {"pool": ("pool", data.pool)}
         sources |= {name: ("validation", source) for name, source in data.validation.items()}
         sources |= {name: ("test", source) for name, source in data.test.items()}
-        sets = {}
-        for name, (split, source) in sources.items():
+        sets: dict[str, ArtifactRef] = {}
+        # What is kept clean comes before what is cleaned: test sets, validation sets, pool.
+        for name in reversed(sources) if data.decontaminate else sources:
+            split, source = sources[name]
             settings, location = source_settings(source, split)
-            sets[name] = self.run.step("prompts", f"prompts/{name}", settings, location=location)
+            inputs = {f"against.{n}": sets[n] for n in sets if split == "pool" or n in data.test}
+            if data.decontaminate is None or split == "test" or not inputs:
+                inputs = {}
+            else:
+                settings["decontaminate"] = data.decontaminate.model_dump()
+            sets[name] = self.run.step("prompts", f"prompts/{name}", settings, inputs, location)
         paths = {name: self.run.store.directory(ref) for name, ref in sets.items()}
         check_verifiers(paths, self.config.grading.verifiers)
         check_disjoint(paths)

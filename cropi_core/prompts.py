@@ -10,13 +10,14 @@ duplicates of rows that had no id of their own, and these are counted.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from cropi_core.decontamination import overlaps, summary_of
 from cropi_core.errors import ConfigError, DataError
 from cropi_core.mapping import mapped_rows
 from cropi_core.prompt_rows import Row, asked_text, check_settings, checked_rows
@@ -168,6 +169,43 @@ def check_verifiers(sets: dict[str, Path], known: Sequence[str]) -> None:
         raise ConfigError(
             "; ".join(faults) + "; define it in grading.functions or grading.http, or map the column"
         )
+
+
+def decontaminated(
+    table: pa.Table, others: Mapping[str, Path], settings: Mapping[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Look for prompts that overlap other sets, and do with them what ``settings`` say.
+
+    Args:
+        table: The set that is looked through.
+        others: Prompts tables of the sets that must be kept clean, by name.
+        settings: ``ngram`` and ``action`` of ``data.decontaminate``.
+
+    Returns:
+        The table, without those prompts if the action is ``remove``, and a summary of what was found.
+
+    Raises:
+        DataError: The action is ``refuse`` and there are some, or ``remove`` and no prompt is left.
+    """
+    rows = table.to_pylist()
+    found = overlaps(rows, {n: read_prompts(p).to_pylist() for n, p in others.items()}, settings["ngram"])
+    summary = summary_of(found, rows, settings)
+    told = "".join(
+        f"\n  {e['prompt_id']} = {e['set']} {e['other']} ({e['reason']}): {e['words']}"
+        for e in summary["examples"]
+    )
+    if settings["action"] == "refuse" and found.prompts:
+        raise DataError(
+            f"{len(found.prompts)} of {len(rows)} prompts overlap {', '.join(summary['by_set'])}; "
+            f"data.decontaminate.action=remove leaves them out{told}"
+        )
+    if settings["action"] == "remove":
+        table = table.filter(pa.array([i not in found.prompts for i in range(len(rows))], pa.bool_()))
+        if not table.num_rows:
+            raise DataError(
+                f"all {len(rows)} prompts overlap {', '.join(summary['by_set'])}, none is left{told}"
+            )
+    return table, summary
 
 
 def check_disjoint(sets: dict[str, Path]) -> None:

@@ -40,7 +40,7 @@ ACCURACY_FILE = "accuracy.json"
 def prompts_step(work: Work) -> dict[str, Any]:
     """Read or generate one set of prompts into ``prompts.parquet``."""
     from cropi_core.mixing import load_mix
-    from cropi_core.prompts import load_source, summarise, write_prompts
+    from cropi_core.prompts import decontaminated, load_source, summarise, write_prompts
 
     settings = work.spec.settings
     if "spot" in settings:
@@ -50,8 +50,13 @@ def prompts_step(work: Work) -> dict[str, Any]:
         table, dropped = load_mix(source, settings["split"], work.spec.location)
     else:
         table, dropped = load_source(source, settings["split"], work.spec.location.get("path"))
+    facts: dict[str, Any] = {"dropped": dropped}
+    if "decontaminate" in settings:
+        prefix = "against."
+        others = {n.removeprefix(prefix): path / PROMPTS_FILE for n, path in work.inputs.items()}
+        table, facts["decontamination"] = decontaminated(table, others, settings["decontaminate"])
     write_prompts(table, work.out / PROMPTS_FILE)
-    return summarise(table) | {"dropped": dropped}
+    return summarise(table) | facts
 
 
 def _spot_prompts(work: Work) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from data_schemas.sources import (
     Chat,
     Columns,
     Data,
+    Decontaminate,
     GymTask,
     MixSource,
     Name,
@@ -43,6 +44,7 @@ __all__ = [
     "Chat",
     "Columns",
     "Data",
+    "Decontaminate",
     "Diagnostics",
     "Engine",
     "Grading",
@@ -288,11 +290,17 @@ class Config(Section):
         return faults + vllm_contradictions(self) + grading_contradictions(self)
 
     def _wrong_pin(self) -> list[str]:
-        """List settings of the base policy that a pin would leave unread."""
+        """List settings that a pin would leave unread."""
+        faults = []
         pinned = {"policy", "policy@0"} & set(self.pin)
-        if self.policy.chat is None or not pinned:
-            return []
-        return [f"policy.chat with pin.{min(pinned)}: a pinned policy keeps the chat template that it has"]
+        if self.policy.chat is not None and pinned:
+            faults.append(
+                f"policy.chat with pin.{min(pinned)}: a pinned policy keeps the chat template that it has"
+            )
+        filtered = {"prompts", "prompts/pool", *[f"prompts/{name}" for name in self.data.validation]}
+        if self.data.decontaminate is not None and (pinned := filtered & set(self.pin)):
+            faults.append(f"data.decontaminate with pin.{min(pinned)}: pinned prompts are used as they are")
+        return faults
 
     def _wrong_names(self) -> list[str]:
         """List set names that something else is called by."""

@@ -196,9 +196,24 @@ class MixSource(Section):
 Source = Annotated[WorldSource | TableSource | ReasoningGymSource | MixSource, Field(discriminator="kind")]
 
 
+class Decontaminate(Section):
+    """How the pool is kept clear of validation and test sets, and validation sets of test sets."""
+
+    ngram: int = Field(
+        default=13, ge=5, le=50, description="Words in a row that two prompts may not share (docs/data.md)."
+    )
+    action: Literal["remove", "refuse", "report"] = Field(
+        default="remove",
+        description="What happens to a prompt that overlaps: left out, an error, or only counted.",
+    )
+
+
 class Data(Section):
     """Pool, validation and test sets. They must not share a prompt; that is checked."""
 
     pool: Source
     validation: dict[Name, Source] = Field(min_length=1, description="Sets whose gradient is the target.")
     test: dict[Name, Source] = Field(default_factory=dict, description="Sets only ever evaluated.")
+    decontaminate: Annotated[Decontaminate | None, LATER] = Field(
+        default=None, description="Look for n-grams that sets share; equal prompts are refused in any case."
+    )
