@@ -7,7 +7,9 @@ most the shard under way. The two files that stay hold no clock and no path: equ
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -73,10 +75,11 @@ def evaluate(
         raise DataError("there is no set to evaluate; name at least one under data.validation or data.test")
     sizes = {name: read_prompts(path).num_rows for name, path in sorted(sets.items())}
     tables: list[pa.Table] = []
+    reasons: dict[str, dict[str, int]] = {}
     logs = logs or completions.with_name("vllm.logs")
     with open_sampler(settings.engine, policy=policy, dtype=dtype, runtime=runtime, logs=logs) as sampler:
         for name in sizes:
-            collect(
+            graded = collect(
                 policy=policy,
                 policy_digest=policy_digest,
                 prompts=sets[name],
@@ -94,7 +97,10 @@ def evaluate(
                 sampler=sampler,
             )
             tables.append(evaluation_table(name, read_rollouts(scratch / name)))
-    results = {name: set_accuracy(table, name) for name, table in zip(sizes, tables, strict=True)}
+            reasons[name] = graded.get("not_gradable_reasons", {})
+    results = {
+        name: set_accuracy(table, name, reasons[name]) for name, table in zip(sizes, tables, strict=True)
+    }
     write_parquet(pa.concat_tables(tables).combine_chunks(), completions)
     write_atomic(accuracy, json.dumps(results, indent=1, sort_keys=True) + "\n")
     parity = {}
@@ -128,12 +134,15 @@ def evaluation_table(name: str, rollouts: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([columns[key] for key in EVALUATION.names], schema=EVALUATION)
 
 
-def set_accuracy(table: pa.Table, name: str) -> dict[str, float | int]:
+def set_accuracy(
+    table: pa.Table, name: str, reasons: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, float | int]:
     """Average the rewards of one set: first over a prompt's graded completions, then over prompts.
 
     Args:
         table: The set's rows of :data:`data_schemas.arrow.EVALUATION`.
         name: The set, for errors.
+        reasons: Why completions are not gradable, for errors, the most frequent first.
 
     Returns:
         ``accuracy`` with its interval ``low`` to ``high`` (:func:`interval`), ``prompts`` and ``completions``
@@ -153,6 +162,7 @@ def set_accuracy(table: pa.Table, name: str) -> dict[str, float | int]:
         raise DataError(
             f"set {name}: none of {table.num_rows} completions can be graded; see its answers and verifiers, "
             "and grading.timeout_s and grading.memory_mb"
+            + "".join(f". Most often: {reason}" for reason in list(reasons)[:1])
         )
     if outside := [r for group in graded for r in group if not 0 <= r <= 1]:
         raise DataError(f"set {name}: accuracy is of rewards in [0, 1], there are others: {outside[:3]}")

@@ -25,6 +25,8 @@ from cropi_core.vllm.checks import limits_of
 from data_schemas.arrow import ROLLOUTS
 from data_schemas.config import Engine, Grading, Runtime, Sampling, Vllm
 
+REASONS = 5
+"""So many reasons why completions are not gradable go into a summary, the most frequent."""
 PARITY = b"cropi.parity"
 """Metadata of a part by vLLM: the comparison of a few of its completions."""
 
@@ -65,8 +67,9 @@ def collect(
         sampler: One that is open already, of this engine and policy.
 
     Returns:
-        Summary: counts, mean reward, share truncated and not gradable, pass rates by source; with vLLM also how far its
-        log-probabilities are from our own forward (:mod:`cropi_core.parity`).
+        Summary: counts, mean reward, share truncated and not gradable, pass rates by source; why completions that were
+        graded now are not gradable; with vLLM also how far its log-probabilities are from our own forward
+        (:mod:`cropi_core.parity`).
 
     Raises:
         DataError: A prompt is too long for the policy.
@@ -84,6 +87,7 @@ def collect(
     }
     missing = {i: shard for i, shard in enumerate(shards) if not part_path(out, i).exists()}
     done = len(rows) - sum(map(len, missing.values()))
+    reasons: Counter[str] = Counter()
     if missing:
         with ExitStack() as stack:
             verifier = stack.enter_context(open_verifier(grading))
@@ -95,7 +99,7 @@ def collect(
                 )
             start = Progress(done, len(rows), "prompt")
             for shard in sampler.sample(missing, sampling, seed=seed, ready=lambda: report(start)):
-                part = _graded(verifier, shards[shard.index], shard)
+                part = _graded(verifier, shards[shard.index], shard, reasons)
                 said = {PARITY: shard.parity.to_json().encode()} if shard.parity else {}
                 write_parquet(part.replace_schema_metadata(metadata | said), part_path(out, shard.index))
                 done += len(shards[shard.index])
@@ -104,6 +108,8 @@ def collect(
     report(Progress(len(rows), len(rows), "prompt"))
     sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
     summary = summarise(read_rollouts(out), sources)
+    if reasons:
+        summary["not_gradable_reasons"] = dict(reasons.most_common(REASONS))
     return summary | ({"parity": parity_summary([out], dtype, runtime.vllm)} if engine == "vllm" else {})
 
 
@@ -126,8 +132,10 @@ def parity_summary(directories: list[Path], dtype: str, settings: Vllm) -> dict[
     return found.summary() | {"mean_limit": mean, "max_limit": single, "warning": warning}
 
 
-def _graded(verifier: Verifier, rows: list[dict[str, Any]], shard: Sampled) -> pa.Table:
-    """Grade one shard's completions."""
+def _graded(
+    verifier: Verifier, rows: list[dict[str, Any]], shard: Sampled, reasons: Counter[str]
+) -> pa.Table:
+    """Grade one shard's completions; ``reasons`` counts why some have no reward."""
     records: list[dict[str, Any]] = []
     items = []
     for row, (prompt_id, ids), group, texts in zip(
@@ -149,6 +157,8 @@ def _graded(verifier: Verifier, rows: list[dict[str, Any]], shard: Sampled) -> p
     grades: list[Grade] = verifier.grade_many(items)
     for record, grade in zip(records, grades, strict=True):
         record["reward"] = grade.reward
+        if grade.reward is None:
+            reasons[grade.reason] += 1
     return pa.Table.from_pylist(records, schema=ROLLOUTS)
 
 

@@ -193,7 +193,9 @@ def test_a_set_in_which_nothing_can_be_graded_is_an_error(tmp_path: Path, sets: 
     broken = [row | {"verifier": "numeric", "answer": "?"} for row in pool]
     path = tmp_path / "broken.parquet"
     write_prompts(pa.Table.from_pylist(broken, schema=PROMPTS), path)
-    with pytest.raises(DataError, match=r"set broken: none of 30 completions"):
+    with pytest.raises(
+        DataError, match=r"set broken: none of 30 completions.*Most often: the answer '\?' is not"
+    ):
         run(tmp_path / "out", {"broken": path})
     with pytest.raises(DataError, match="no set to evaluate"):
         run(tmp_path / "out", {})

@@ -221,3 +221,21 @@ def test_mean_rewards_outside_of_zero_to_one_are_counted_at_the_ends(tmp_path):
     rewards = pa.array([-2.0, -1.0, 0.5, 0.5, 3.0, 4.0], pa.float32())
     table = table.set_column(table.schema.get_field_index("reward"), table.schema.field("reward"), rewards)
     assert summarise(table, {})["pass_rate_histogram"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_the_summary_says_why_completions_are_not_gradable(tmp_path):
+    table = build({"reverse": 4}, "pool", 0)
+    verifiers = ["exact", "numeric", "numeric", "choice"]
+    place = table.schema.get_field_index("verifier")
+    write_prompts(table.set_column(place, table.schema.field(place), [verifiers]), tmp_path / "p.parquet")
+    summary = run(tmp_path / "parts", tmp_path / "p.parquet")
+    assert summary["not_gradable"] == 12
+    assert sum(summary["not_gradable_reasons"].values()) == 12
+    assert [reason.rpartition("is ")[2] for reason in summary["not_gradable_reasons"]] == [
+        "not a number",
+        "not a number",
+        "no letter A to J",
+    ]
+    assert "not_gradable_reasons" not in run(
+        tmp_path / "parts", tmp_path / "p.parquet"
+    )  # nothing is graded again
