@@ -162,12 +162,15 @@ class Remote:
 
     def set_aside(self, key: str, faults: list[str]) -> str:
         """Move a damaged artifact below ``damaged`` with its faults beside it; nothing is deleted."""
-        target = f"damaged/{key}-{time.time_ns()}"
+        target, text = f"damaged/{key}-{time.time_ns()}", self.mirror(key).read_bytes()
         self.objects.put(f"{target}/faults.txt", ("\n".join(faults) + "\n").encode())
-        self.objects.put(f"{target}/{MANIFEST}", self.mirror(key).read_bytes())
-        self.objects.remove(f"manifests/{key}.json")  # first: what follows may be cut short
+        self.objects.put(f"{target}/{MANIFEST}", text)
+        if self.pull(key) and self.mirror(key).read_bytes() != text:
+            log.warning("%s was made again by another machine meanwhile", key)
+            return f"{self.url}/{target}"
+        self.objects.remove(f"manifests/{key}.json")  # before its files: what follows may be cut short
         with contextlib.suppress(ArtifactError):  # a manifest that cannot be read names no place
-            self.objects.move(place(self.manifest(key)), f"{target}/files")
+            self.objects.move(place(read_manifest(text, key)), f"{target}/files")
         self.mirror(key).unlink(missing_ok=True)
         log.warning("%s was damaged and is now at %s/%s: %s", key, self.url, target, "; ".join(faults[:3]))
         return f"{self.url}/{target}"
@@ -206,9 +209,11 @@ class Remote:
         with self._alone(key):
             if target.exists():
                 return
+            faults = self.faults(
+                key
+            )  # sizes too: a foreign object could fill the disk before its checksum is known
             text = self.mirror(key).read_bytes()
             manifest = read_manifest(text, self._address(key))
-            faults = manifest_faults(manifest, text, key, self._address(key))
             staging = self.cache / ".fetch" / f"{key}-{manifest.digest[:16]}"
 
             def get(entry: FileEntry) -> None:
@@ -287,5 +292,5 @@ class Remote:
 
     def names(self, directory: str) -> list[str]:
         """List the objects of a directory, the one written first first."""
-        listed = self.objects.list(directory)
+        listed = {name: at for name, at in self.objects.list(directory).items() if "/" not in name}
         return sorted(listed, key=lambda name: (listed[name].modified, name))

@@ -68,6 +68,12 @@ def spoil(url, name, data):
     s3().pipe_file(f"{url}/{path}".partition("://")[2], data)
 
 
+def fetched(server, before):
+    """The files of artifacts that were asked for since."""
+    asked = server.asked()[before:]
+    return [line for line in asked if line.startswith("GET") and "/files/" in line and "?" not in line]
+
+
 # -- round trip --------------------------------------------------------------------------------------------
 
 
@@ -193,7 +199,7 @@ def test_a_fetch_that_was_cut_short_goes_on(url, machine, s3_server):
     assert 0 < len(whole) < len(left)
     before = len(s3_server.asked())
     assert contents(other.require(made)) == FILES
-    got = [line for line in s3_server.asked()[before:] if line.startswith("GET") and "/files/" in line]
+    got = fetched(s3_server, before)
     assert len(got) == 9 - len(whole)
 
 
@@ -258,7 +264,7 @@ def test_threads_that_fetch_one_artifact_fetch_it_once(url, machine, s3_server):
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: other.directory(made), range(4)))
     assert len(set(paths)) == 1
-    got = [line for line in s3_server.asked()[before:] if line.startswith("GET") and "/files/" in line]
+    got = fetched(s3_server, before)
     assert len(got) == len(FILES)
 
 
@@ -325,6 +331,31 @@ def test_damage_that_names_and_sizes_show_is_found_set_aside_and_noted(url, mach
     assert contents(machine(url, "third").require(made)) == FILES
 
 
+def test_an_object_of_another_size_is_not_fetched(url, machine, s3_server):
+    """It could be of any size, and fill the disk before its checksum is known."""
+    made = publish(machine(url))
+    spoil(url, "b.txt", b"x" * 100_000)
+    before = len(s3_server.asked())
+    with pytest.raises(ArtifactError, match=r"b\.txt has 100000 bytes, its manifest says 3.*--repair"):
+        machine(url, "other").directory(made)
+    assert fetched(s3_server, before) == []
+
+
+def test_a_manifest_that_was_renewed_meanwhile_is_not_set_aside(url, machine):
+    """One machine finds files missing because another one is just making the artifact again."""
+    one, other = machine(url), machine(url, "other")
+    made = publish(one)
+    other.remote.pull(made.key)
+    old = other.remote.mirror(made.key).read_bytes()
+    one.discard(made.key)
+    assert publish(one).key == made.key
+    edit(url, made.key, seconds=9.0)
+    other.remote.mirror(made.key).write_bytes(old)
+    other.remote.set_aside(made.key, ["b.txt is missing"])
+    assert f"manifests/{made.key}.json" in objects(url)
+    assert len([name for name in objects(url) if name.startswith("files/")]) == len(FILES)
+
+
 def test_another_schema_version_is_an_error_and_is_left_alone(url, machine):
     made = publish(machine(url))
     edit(url, made.key, schema_version=99)
@@ -380,6 +411,8 @@ def test_tags_records_and_beginnings_of_keys_are_shared(url, machine):
     assert load_run(other, record.run) == record
     save_run(other, record.model_copy(update={"status": "done"}))
     assert load_run(one, record.run).status == "done"
+    Objects(url).put("runs/some/thing.json", b"{}")
+    assert list_runs(one) == [record.run]
     with pytest.raises(ArtifactError, match=r"no run '\.\./tags'"):
         load_run(other, "../tags")
     with pytest.raises(ArtifactError, match="no artifact or tag"):
