@@ -96,6 +96,18 @@ def show(key: Key, root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def card(key: Key, root: Root = DEFAULT_ROOT) -> None:
+    """Write the card of a set of prompts: what went into it, what was left out, as Markdown."""
+    from cropi_core.card import card as write
+
+    store = Store(root)
+    manifest = store.manifest(store.resolve(key))
+    if manifest.kind != "prompts":
+        raise ConfigError(f"{manifest.key} is of kind {manifest.kind}; cards are of prompts")
+    typer.echo(write(manifest), nl=False)
+
+
+@app.command()
 def lineage(
     key: Key,
     down: Annotated[

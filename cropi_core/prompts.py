@@ -140,13 +140,17 @@ def read_prompts(path: Path) -> pa.Table:
 
 
 def summarise(table: pa.Table) -> dict[str, Any]:
-    """Count prompts, by source and by level."""
+    """Count prompts, by source, level and verifier, and say how long they are."""
     levels = Counter(level for level in table["level"].to_pylist() if level is not None)
-    sources = Counter(table["source"].to_pylist())
+    messages = table["messages"].to_pylist()
+    lengths = sorted(sum(len(turn["content"]) for turn in turns) for turns in messages) or [0]
     return {
         "prompts": table.num_rows,
-        "by_source": dict(sorted(sources.items())),
+        "by_source": dict(sorted(Counter(table["source"].to_pylist()).items())),
         "by_level": dict(sorted(levels.items())),
+        "by_verifier": dict(sorted(Counter(table["verifier"].to_pylist()).items())),
+        "characters": {"least": lengths[0], "median": lengths[len(lengths) // 2], "most": lengths[-1]},
+        "turns": max(map(len, messages), default=0),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from cropi_core.card import card
 from cropi_core.report import plots, text
 from cropi_core.report.data import (
     Artifacts,
@@ -88,9 +89,17 @@ def render(store: Store, record: RunRecord) -> str:
         "slots": run_slots(artifacts),
         "tree": tree(artifacts),
         "provenance": provenance(artifacts),
+        "cards": _cards(artifacts),
     }
     # Last: every reader above may have found something missing.
     return environment().get_template("report.html.jinja").render(context, problems=artifacts.problems)
+
+
+def _cards(artifacts: Artifacts) -> dict[str, str]:
+    """Write the cards of pool, validation and test sets, by slot."""
+    slots = [slot for slot in artifacts.record.slots if slot.startswith("prompts/") and "@" not in slot]
+    manifests = {slot: artifacts.manifest(slot) for slot in slots}
+    return {slot: card(manifest) for slot, manifest in manifests.items() if manifest is not None}
 
 
 def environment() -> Environment:

@@ -145,6 +145,7 @@ class Reader:
             (r"prefect server start$", lambda: f"prefect server start --port {self.ports['server']} --no-ui"),
             (r"/data/(run|cropi|other)", lambda: str(self.root)),
             (r"\bRUN\b", lambda: self.record().run),
+            (r"artifacts card KEY", lambda: f"artifacts card {self.record().slots['prompts/pool'].ref.key}"),
             (r"\bKEY\b", lambda: self.record().slots["scores@1"].ref.key),
             (r"\bDIR\b", lambda: self.path("policy@0", "checkpoint")),
             (r"\bPATH\b", lambda: self.path("rollouts/pool@1", "parts")),
