@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -274,18 +275,17 @@ def first_gpu(device: str) -> torch.device:
 
 @contextmanager
 def tracker_files(logs: Path | None) -> Iterator[None]:
-    """Have trackers write below ``logs``, unless the environment says where."""
-    if logs is None:
-        yield
-        return
-    places = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "wandb", "TRACKIO_DIR": "trackio"}
-    own = {name: str(logs / place) for name, place in places.items() if name not in os.environ}
+    """Have trackers write below ``logs``, unless the environment says where; a run of theirs ends with the stage."""
+    places = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
+    own = {name: str(logs / place) for name, place in places.items() if logs and name not in os.environ}
     os.environ.update(own)
     try:
         yield
     finally:
         for name in own:
             del os.environ[name]
+        if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+            wandb.finish()  # else the next stage of this process would be logged into this one
 
 
 @contextmanager
