@@ -87,7 +87,7 @@ def main() -> None:
             for name in ("peak_mb", "cpu_seconds")
         }
         rows.append({"tokens": tokens, "kept": kept, "twice": twice, **ratios})
-        print(rows[-1], file=sys.stderr)
+        print(rows[-1], flush=True)
     write_figures(
         {"machine": machine(), "policy": options.policy.name, "gb_limit": options.gb_limit, "lengths": rows},
         options.json,
