@@ -6,6 +6,7 @@
 Used by every script of this directory, so that their JSON files can be set side by side.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -67,3 +68,12 @@ def _cpu() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+def curriculum_options(about: str | None) -> argparse.ArgumentParser:
+    """Return the options of a benchmark that runs a curriculum: which, with what changed, and where figures go."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="demo", help="A YAML file, or the name of a preset.")
+    parser.add_argument("-o", "--override", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--json", type=Path)
+    return parser

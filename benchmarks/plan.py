@@ -10,17 +10,15 @@ between and after, `wall_per_cpu` the seconds that each of the two took a second
 `seconds_at_equal_load` the ratio of seconds with the run's divided by how much more of them it was made to wait.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from machine import children_cpu_seconds, machine, write_figures
+from machine import children_cpu_seconds, curriculum_options, machine, write_figures
 
 RUN = """
 import json, sys, time
@@ -104,13 +102,7 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Plan, run, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="demo", help="A YAML file, or the name of a preset.")
-    parser.add_argument("-o", "--override", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--json", type=Path, help="Write figures and machine here.")
-    options = parser.parse_args()
+    options = curriculum_options(__doc__).parse_args()
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="cropi-plan-") as folder:
         changes = [text for change in options.override for text in ("-o", change)]

@@ -9,7 +9,6 @@ share of a run of ten minutes is overhead / 600. `found_s` is a call of `cropi r
 clock; `found_overhead_s` is what it takes beyond the same without Prefect: what a start costs.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import children_cpu_seconds, machine, write_figures
+from machine import children_cpu_seconds, curriculum_options, machine, write_figures
 
 STRAIGHT = """
 import sys
@@ -89,13 +88,8 @@ def compare(config: str, override: list[str], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="demo", help="A YAML file, or the name of a preset.")
-    parser.add_argument("-o", "--override", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser = curriculum_options(__doc__)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result = compare(options.config, options.override, options.repeats) | {"machine": machine()}
     print(json.dumps(result, indent=1))

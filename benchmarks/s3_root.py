@@ -10,7 +10,6 @@ the import of s3fs and the first connection included; `ratio` is the run beside 
 the difference of two runs is smaller than what other work on a machine makes of it (`cpu_ratio` is of both runs).
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import children_cpu_seconds, machine, write_figures
+from machine import children_cpu_seconds, curriculum_options, machine, write_figures
 
 STRAIGHT = """
 import json, sys, time
@@ -125,13 +124,8 @@ def compare(config: str, override: list[str], repeats: int, folder: Path, server
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="demo", help="A YAML file, or the name of a preset.")
-    parser.add_argument("-o", "--override", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser = curriculum_options(__doc__)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cropi-s3-") as folder:
         server = Server(Path(folder))

@@ -8,17 +8,16 @@ no matter of the items: that is an error, and the step goes on from its last who
 """
 
 import asyncio
-import contextlib
 import json
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import wait
 from typing import Any
 
 import httpx
 
 from cropi_core.errors import ConfigError, ServerError
+from cropi_core.loop_thread import running_loop
 from cropi_core.verifier_worker import REASON_CHARACTERS, checked_reward
 from data_schemas.grading import HttpVerifier
 
@@ -67,7 +66,7 @@ class HttpGrader:
         Raises:
             ServerError: The server gave no verdict on any of them, and it is not their fault: see the module.
         """
-        with _loop() as loop:
+        with running_loop("cropi-http-verifier") as loop:
             future = asyncio.run_coroutine_threadsafe(self._grade(bodies), loop)
             while not future.done():
                 # Not for ever: a step is cancelled by an exception set on its thread, which needs a bytecode.
@@ -179,25 +178,3 @@ def _secret(name: str, variable: str) -> str:
             f"the variable {variable} holds characters that no HTTP header can (grading.http.{name})"
         )
     return value
-
-
-@contextlib.contextmanager
-def _loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a thread of its own: the caller's thread may have one already."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="cropi-http-verifier", daemon=True)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-async def _cancel_all() -> None:
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

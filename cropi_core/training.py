@@ -142,9 +142,8 @@ def train(
                 save_trained(merged(below, scratch / ADAPTER), below, out)
                 (scratch / ADAPTER).rename(out / ADAPTER)
             else:
-                model.config, model.generation_config = (
-                    original  # TRL wrote its pad token and a path into them
-                )
+                # TRL wrote its pad token and a path into them.
+                model.config, model.generation_config = original
                 save_trained(model, policy, out, state)
             if training.second_moments:
                 assert isinstance(trainer.optimizer, torch.optim.Optimizer)

@@ -9,7 +9,6 @@ job's completions are does not depend on which server gives them or when: the se
 
 import asyncio
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from cropi_core.errors import ServerError
+from cropi_core.loop_thread import running_loop
 from cropi_core.sampling import Completion
 from cropi_core.vllm.client import Job, PassingError, Vocabulary, ask, send
 from data_schemas.config import Sampling
@@ -87,30 +87,20 @@ class Fleet:
         self.settings = settings
         self.sampling = sampling
         self.vocabulary = vocabulary
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="cropi-vllm", daemon=True)
+        self.running = running_loop("cropi-vllm")
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.attempts: dict[int, int] = {}
         for endpoint in self.endpoints:
             endpoint.renew()
 
     def __enter__(self) -> Self:
-        self.thread.start()
+        self.loop = self.running.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self.loop).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
-
-    async def _cancel_all(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.running.__exit__(None, None, None)  # it ends alike, whatever happened inside
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Completion]]]:
         """Yield every job with its completions, in the order they are finished.

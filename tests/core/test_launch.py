@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 pytest.importorskip("trl", reason="training needs the extra `train`")
 
 from core.servers import gone, left_of
-from core.test_training import CPU, SMALL, digest, rows_of, write_policy, write_tables
+from core.test_training import CPU, SMALL, arguments_of, digest, rows_of, write_policy, write_tables
 
 from cropi_core.errors import ConfigError
 from cropi_core.launch import command_line, launched
 from cropi_core.processes import Processes
 from cropi_core.progress import Progress
 from cropi_core.training_metrics import TrainingError
-from data_schemas.config import Grading, Launch, Objective, Training
+from data_schemas.config import Launch, Training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -45,29 +45,10 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def run(workspace: Path, name: str, launch: Launch, *, training=SMALL, report=lambda progress: None):
-    target = workspace / name
-    target.mkdir(exist_ok=True)
-    runtime = CPU.model_copy(update={"launch": launch})
-    arguments = {
-        "policy": workspace / "policy",
-        "reference": None,
-        "prompts": workspace / "prompts.parquet",
-        "selection": workspace / "selection.parquet",
-        "out": target / "checkpoint",
-        "metrics": target / "metrics.parquet",
-        "scratch": target / ".scratch",
-        "training": training,
-        "objective": Objective(),
-        "grading": Grading(),
-        "dtype": "float32",
-        "seed": 3,
-        "runtime": runtime,
-        "keep_scratch": False,
-        "base": None,
-        "logs": target / "logs",
-        "name": name,
-    }
-    return launched(arguments, runtime, report, target / "logs"), target
+    logs, runtime = workspace / name / "logs", CPU.model_copy(update={"launch": launch})
+    arguments = arguments_of(workspace, name) | {"training": training, "runtime": runtime}
+    arguments |= {"keep_scratch": False, "base": None, "logs": logs, "name": name}
+    return launched(arguments, runtime, report, logs), workspace / name
 
 
 def close(one: Path, two: Path):

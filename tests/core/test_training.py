@@ -102,11 +102,11 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(workspace: Path, name: str = "run", **changes: Any) -> tuple[dict[str, Any], Path]:
-    """Train one stage into ``workspace/name``."""
+def arguments_of(workspace: Path, name: str) -> dict[str, Any]:
+    """What a stage into ``workspace/name`` is given, but for whom it reports to."""
     target = workspace / name
     target.mkdir(exist_ok=True)
-    arguments: dict[str, Any] = {
+    return {
         "policy": workspace / "policy",
         "reference": None,
         "prompts": workspace / "prompts.parquet",
@@ -120,9 +120,13 @@ def run(workspace: Path, name: str = "run", **changes: Any) -> tuple[dict[str, A
         "dtype": "float32",
         "seed": 3,
         "runtime": CPU,
-        "report": lambda progress: None,
     }
-    return train(**(arguments | changes)), target
+
+
+def run(workspace: Path, name: str = "run", **changes: Any) -> tuple[dict[str, Any], Path]:
+    """Train one stage into ``workspace/name``."""
+    arguments = {**arguments_of(workspace, name), "report": lambda progress: None}
+    return train(**(arguments | changes)), workspace / name
 
 
 def rows_of(target: Path) -> list[dict[str, Any]]:
