@@ -123,6 +123,30 @@ def _entries(dataset: Any, most: int, dropped: dict[str, int]) -> Iterator[dict[
 def _row(
     name: str, task: GymTask, source: ReasoningGymSource, dataset: Any, entry: dict[str, Any], digest: str
 ) -> Row:
+    if task.verifier in (None, VERIFIER):
+        answer = _packed(name, task, dataset, entry)
+    elif entry["answer"] is None:
+        raise DataError(
+            f"reasoning-gym's {name} has entries without an answer, so verifier={task.verifier} has nothing to "
+            "compare with; leave it out, and the task's own scorer grades"
+        )
+    else:
+        answer = str(entry["answer"])
+    question = {"role": "user", "content": source.template.replace("{prompt}", str(entry["question"]))}
+    system = [] if source.system is None else [{"role": "system", "content": source.system}]
+    return {
+        "prompt_id": f"{name}-{digest[:16]}",
+        "source": name,
+        "messages": [*system, question],
+        "answer": answer,
+        "verifier": task.verifier or VERIFIER,
+        "level": None,
+        "tags": [dataset.category],
+    }
+
+
+def _packed(name: str, task: GymTask, dataset: Any, entry: dict[str, Any]) -> str:
+    """Return the whole entry as its scorer wants it, having seen that the scorer takes it so."""
     try:
         answer = pack(name, task.config, entry)
         kept = unpack(answer)[2]
@@ -133,14 +157,4 @@ def _row(
         raise DataError(
             f"reasoning-gym's {name} scores an entry otherwise once it has been JSON; leave it out"
         )
-    question = {"role": "user", "content": source.template.replace("{prompt}", str(entry["question"]))}
-    system = [] if source.system is None else [{"role": "system", "content": source.system}]
-    return {
-        "prompt_id": f"{name}-{digest[:16]}",
-        "source": name,
-        "messages": [*system, question],
-        "answer": answer,
-        "verifier": VERIFIER,
-        "level": None,
-        "tags": [dataset.category],
-    }
+    return answer

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from data_schemas.sources import LATER, MixSource, Name, Section, TableSource
+from data_schemas.sources import LATER, MixSource, Name, ReasoningGymSource, Section, TableSource
 
 if TYPE_CHECKING:
     from data_schemas.config import Config
@@ -84,8 +84,14 @@ def contradictions(config: "Config") -> list[str]:
     for place, source in list(named.items()):
         if isinstance(source, MixSource):
             named |= {f"{place}.sources.{number}": one for number, one in enumerate(source.sources)}
+    chosen: dict[str, str | None] = {}
+    for place, source in named.items():
+        if isinstance(source, TableSource):
+            chosen[place] = source.verifier
+        elif isinstance(source, ReasoningGymSource):
+            chosen |= {f"{place}.tasks.{name}": task.verifier for name, task in source.tasks.items()}
     return [
-        f"{place}.verifier={source.verifier} is none of {', '.join(known)}; define it in grading.functions or .http"
-        for place, source in named.items()
-        if isinstance(source, TableSource) and source.verifier not in known
+        f"{place}.verifier={verifier} is none of {', '.join(known)}; define it in grading.functions or .http"
+        for place, verifier in chosen.items()
+        if verifier is not None and verifier not in known
     ]

@@ -162,6 +162,11 @@ class GymTask(Section):
     config: dict[str, JsonValue] = Field(
         default_factory=dict, description="Fields of the task's own configuration, such as `max_terms: 4`."
     )
+    verifier: Annotated[Name | None, LATER] = Field(
+        default=None,
+        description="Grades against the entry's answer in place of the task's own scorer: `numeric` takes a "
+        "completion's last number.",
+    )
 
     @field_validator("config")
     @classmethod

@@ -87,6 +87,21 @@ def test_the_answer_is_between_the_last_tags_or_the_whole_text(completion, answe
     assert theirs is None or theirs == answer
 
 
+def test_a_task_is_graded_by_another_verifier_against_the_entrys_answer(verifier):
+    task = {"size": 10, "config": {"max_terms": 3}}
+    own, _ = gym(chain_sum=task)
+    rows, _ = gym(chain_sum={**task, "verifier": "numeric"})
+    assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in own]
+    assert [row["answer"] for row in rows] == [entry_of(row)["answer"] for row in own]
+    said = [f"The sum is {row['answer']}." for row in rows]
+    others = [(row["verifier"], text, row["answer"]) for row, text in zip(rows, said, strict=True)]
+    theirs = [(row["verifier"], text, row["answer"]) for row, text in zip(own, said, strict=True)]
+    assert [grade.reward for grade in verifier.grade_many(others)] == [1.0] * 10
+    assert all(grade.reward < 1 for grade in verifier.grade_many(theirs))  # it wants the bare answer
+    with pytest.raises(DataError, match=r"without an answer, so verifier=exact"):
+        gym(graph_color={"size": 1, "verifier": "exact"})
+
+
 def test_splits_share_nothing_and_a_longer_draw_begins_with_the_shorter(tmp_path):
     tasks = {"basic_arithmetic": 40, "coin_flip": 10}
     sets = {split: gym(split, **tasks)[0] for split in ("pool", "validation", "test")}
