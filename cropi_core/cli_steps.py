@@ -132,6 +132,9 @@ def scores(
     validation: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A validation set's gradients.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the order among equal scores.")] = 0,
+    previous: Annotated[
+        Path | None, typer.Option(help="Scores of the stage before, for scores.memory.")
+    ] = None,
     override: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -142,10 +145,20 @@ def scores(
     settings = load_sections({"scores": Scores}, override or [])["scores"]
     sets = named_paths(validation, "--validation")
     present(train, "--train")
+    if previous:
+        present(previous, "--previous")
     from cropi_core.influence import score
 
     with progress_bar("scores") as report:
-        summary = score(train=train, validation=sets, out=out, settings=settings, seed=seed, report=report)
+        summary = score(
+            train=train,
+            validation=sets,
+            out=out,
+            settings=settings,
+            seed=seed,
+            previous=previous,
+            report=report,
+        )
     print_summary(summary, as_json)
 
 

@@ -226,7 +226,7 @@ class Curriculum:
             check = self._judge(stage, policy, rollouts, gradients, GRADIENT_RULES)
             live = self.run.store.manifest(gradients["pool"]).summary["status"]["ok"]
             if check.action == "none" or (check.action == "random" and live):
-                scores = self._score(f"scores@{stage}", gradients["pool"], gradients)
+                scores = self._score(f"scores@{stage}", gradients["pool"], gradients, self._remembered(stage))
                 spot = self._spot_check(stage, policy, sets, gradients, scores)
                 influence = self.config.selection.strategy == "influence"
                 rules = RULES if influence else GRADIENT_RULES
@@ -294,11 +294,29 @@ class Curriculum:
         }
         return self.run.step("diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": own})
 
-    def _score(self, slot: str, train: ArtifactRef, gradients: dict[str, ArtifactRef]) -> ArtifactRef:
+    def _remembered(self, stage: int) -> ArtifactRef | None:
+        """Return the scores of the last stage before that had any, where they are to count."""
+        if not self.config.scores.memory:
+            return None
+        slots = self.run.record.slots
+        earlier = [f"scores@{number}" for number in range(stage - 1, 0, -1)]
+        return next((slots[name].ref for name in earlier if name in slots), None)
+
+    def _score(
+        self,
+        slot: str,
+        train: ArtifactRef,
+        gradients: dict[str, ArtifactRef],
+        previous: ArtifactRef | None = None,
+    ) -> ArtifactRef:
+        scores = self.config.scores
         inputs = {"train": train}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
-        settings = {"scores": self.config.scores.for_key(), "seed": self.config.seed}
-        return self.run.step("scores", slot, settings, inputs)
+        if previous is None:  # nothing to remember, in the first stage and for a spot check
+            scores = scores.model_copy(update={"memory": 0.0})
+        else:
+            inputs["previous"] = previous
+        return self.run.step("scores", slot, {"scores": scores.for_key(), "seed": self.config.seed}, inputs)
 
     def _train(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], selection: ArtifactRef

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradient_store import GradientStore
@@ -44,6 +45,7 @@ def score(
     out: Path,
     settings: Scores = Scores(),
     seed: int = 0,
+    previous: Path | None = None,
     report: Report = silent,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -56,6 +58,8 @@ def score(
         out: Parquet file to write; it appears whole or not at all.
         settings: Metric, target and fusion.
         seed: Of the order among equal scores, and of the halves of the split-half agreement.
+        previous: Scores table of the stage before, which ``settings.memory`` needs; a set's column then holds what
+            :func:`remember` makes, and not the similarities alone.
         report: Told how many prompts of the pool are scored.
         threads: That read and multiply, by default a core each, at most eight; no score depends on it.
 
@@ -64,7 +68,8 @@ def score(
         how far two halves of the set agree on direction and on the best tenth of the pool.
 
     Raises:
-        ConfigError: No validation set, or one named as a column of its own.
+        ConfigError: No validation set, or one named as a column of its own; memory without a stage before, or the
+            other way round.
         ArtifactError: A store is damaged, or was made with another projection, objective or policy.
         SelectionError: The pool or a validation set has no prompt with a gradient.
     """
@@ -73,6 +78,11 @@ def score(
     names = sorted(validation)
     if taken := [name for name in names if name in SCORE_FIXED]:
         raise ConfigError(f"validation sets {taken} have the names of columns of the scores table")
+    if bool(settings.memory) != (previous is not None):
+        raise ConfigError(
+            f"scores.memory={settings.memory} {'without' if previous is None else 'with'} the scores of the stage "
+            "before: memory takes both, and the first stage has neither"
+        )
     pool = GradientStore.open(train)
     stores = {name: GradientStore.open(validation[name]) for name in names}
     for store in stores.values():
@@ -88,9 +98,12 @@ def score(
     similar = stream_similarities(pool, goals, sizes, settings.metric, report, threads)[ok]
     ids = pool.column("prompt_id")
     keys = tie_keys(list(ids[ok]), seed)
-    fused, rank, _ = fuse(similar[:, :, 0], settings, keys)
-    table = _table(pool, ok, dict(zip(names, similar[:, :, 0].T, strict=True)), fused, rank)
-    recipe = {"settings": settings.model_dump(mode="json"), "seed": seed}
+    values = similar[:, :, 0]
+    if previous is not None:
+        values = remember(values, _earlier(previous, names, list(ids[ok])), settings.memory)
+    fused, rank, _ = fuse(values, settings, keys)
+    table = _table(pool, ok, dict(zip(names, values.T, strict=True)), fused, rank)
+    recipe = {"settings": settings.for_key(), "seed": seed}
     metadata = {SETTINGS_KEY: json.dumps(recipe, sort_keys=True).encode()}
     write_parquet(table.replace_schema_metadata(metadata), out)
     # numpy sorts without the interpreter's lock: with a million prompts the sets' halves take seconds.
@@ -103,11 +116,56 @@ def score(
         "prompts": pool.n,
         "scored": int(ok.sum()),
         "status": status_counts(pool.column("status")),
-        **settings.model_dump(mode="json"),
+        **settings.for_key(),
         "median_ess": _median(pool.column("ess")[ok]),
         "score": _quantiles(fused),
         "sets": sets,
     }
+
+
+def remember(now: np.ndarray, before: np.ndarray, memory: float) -> np.ndarray:
+    """Add to a stage's scores those of the stages before: m_t = z(s_t) + memory · m_(t−1).
+
+    The target of a later stage is mostly noise (docs/evidence.md), and noise that is drawn anew at every stage; what a
+    prompt is about stays. Prompts are standardised set by set, so that no stage counts more for its longer gradients.
+
+    Args:
+        now: ``(n, V)`` similarities of the prompts with a gradient.
+        before: ``(n, V)`` what the stage before came to, standardised; 0 for a prompt that it could not score.
+        memory: From 0, the present alone, to 1, where all stages count alike.
+
+    Returns:
+        ``(n, V)`` float32.
+    """
+    return (_z_scores(now) + memory * before).astype(np.float32)
+
+
+def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) -> np.ndarray:
+    """Read ``(n, V)`` standardised scores of the stage before, in the order of the prompts; 0 where it has none.
+
+    Raises:
+        ConfigError: It has other validation sets.
+        ArtifactError: It lacks prompts, so it is of another pool.
+    """
+    table = pq.read_table(previous)
+    found = [name for name in table.column_names if name not in SCORE_FIXED]
+    if sorted(found) != sorted(names):
+        raise ConfigError(
+            f"the scores of the stage before are of the validation sets {sorted(found)}, and these of {sorted(names)}: "
+            "memory adds set to set"
+        )
+    columns = np.stack([table[name].to_numpy().astype(np.float32) for name in names], axis=1)
+    known = ~np.isnan(columns).any(axis=1)
+    recipe = json.loads((table.schema.metadata or {}).get(SETTINGS_KEY, b"null")) or {"settings": {}}
+    if not recipe["settings"].get("memory"):  # of the first stage: similarities as they are
+        columns[known] = _z_scores(columns[known])
+    columns[~known] = 0
+    place = {prompt_id: row for row, prompt_id in enumerate(table["prompt_id"].to_pylist())}
+    if missing := [one for one in prompt_ids if one not in place]:
+        raise ArtifactError(
+            f"{previous} lacks {len(missing)} prompts of this pool, such as {missing[0]!r}: it is of another pool"
+        )
+    return columns[[place[one] for one in prompt_ids]]
 
 
 def tie_keys(prompt_ids: Sequence[str], seed: int) -> np.ndarray:

@@ -136,12 +136,14 @@ def scores_step(work: Work) -> dict[str, Any]:
         for name, path in work.inputs.items()
         if name.startswith(prefix)
     }
+    previous = work.inputs.get("previous")
     return score(
         train=work.inputs["train"] / GRADIENTS,
         validation=validation,
         out=work.out / SCORES_FILE,
         settings=Scores.model_validate(work.spec.settings["scores"]),
         seed=work.spec.settings["seed"],
+        previous=previous / SCORES_FILE if previous else None,
         report=work.report,
     )
 

@@ -150,6 +150,13 @@ class Scores(Section):
     fusion: Fusion = "rrf"
     rrf_k0: float = Field(default=60.0, ge=0)
     rrf_top: int | None = Field(default=None, ge=1, description="Only the best n of a set vote.")
+    memory: Annotated[float, LATER] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="From stage 2 on, a set's scores are standardised, and this times those of the stage before are "
+        "added: the noise of one stage's target then decides less.",
+    )
 
 
 class Selection(Section):
@@ -271,6 +278,11 @@ class Config(Section):
             faults.append(
                 "rollouts.refresh=always with rescore=once: scores of the first stage are of its trajectories, and new "
                 "ones would be read by nobody; take rescore=each_stage or rollouts.refresh=never"
+            )
+        if self.rescore == "once" and self.scores.memory:
+            faults.append(
+                f"scores.memory={self.scores.memory} with rescore=once: only the first stage is scored, so there is "
+                "nothing to remember; take rescore=each_stage or scores.memory=0"
             )
         if self.projection.kind == "none" and self.projection.dtype == "float16":
             faults.append("projection.kind=none is for exact checks; set projection.dtype=float32")

@@ -115,6 +115,9 @@ def scores(
     fusion: Fusion | None = None,
     rrf_k0: Annotated[float | None, Field(ge=0, description="Constant of reciprocal-rank fusion.")] = None,
     rrf_top: Annotated[int | None, Field(ge=1, description="Only the best n of a set vote.")] = None,
+    memory: Annotated[
+        float | None, Field(gt=0, le=1, description="Weight of the scores of the stage before.")
+    ] = None,
     gradients: Other = None,
     refresh: Again = False,
 ) -> dict[str, Any]:
@@ -129,11 +132,16 @@ def scores(
         fusion: How the sets' orders become one.
         rrf_k0: Constant of reciprocal-rank fusion.
         rrf_top: Only the best n of a set vote.
+        memory: Weight of the run's scores of the stage before, from stage 2 on.
         gradients: Key or tag of other gradients of the pool.
         refresh: Compute it again even if it is there.
     """
     section = {"metric": metric, "target": target, "fusion": fusion, "rrf_k0": rrf_k0, "rrf_top": rrf_top}
-    return rerun(f"scores@{stage}", run, root, {"scores": section}, {"train": gradients}, refresh)
+    inputs: dict[str, Any] = {"train": gradients}
+    if memory is not None:
+        record = load_run(store_at(artifact_root(root)), run)
+        inputs["previous"] = latest(record, "scores", stage - 1)
+    return rerun(f"scores@{stage}", run, root, {"scores": section | {"memory": memory}}, inputs, refresh)
 
 
 @flow(name="cropi-selection", flow_run_name="{run} selection@{stage}")

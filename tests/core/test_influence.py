@@ -1,8 +1,10 @@
 """Scores are what a few lines of numpy say, whatever the shards, the order of the rows, or the ties."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from cropi_core.gradient_store import GradientStore
 from cropi_core.influence import best, fuse, order, ranks, score, target, tie_keys
 from cropi_core.similarity import similarities
 from data_schemas.arrow import scores_schema
-from data_schemas.config import Scores
+from data_schemas.config import Fusion, Scores
 
 K = 32
 ATTRIBUTES = {
@@ -56,10 +58,15 @@ def draw(n: int, seed: int) -> np.ndarray:
 
 
 def run(tmp_path: Path, train: Path, validation: dict[str, Path], **options: object):
-    seed = int(str(options.pop("seed", 0)))
-    out = tmp_path / "scores.parquet"
+    seed, previous = int(str(options.pop("seed", 0))), options.pop("previous", None)
+    out = tmp_path / str(options.pop("name", "scores.parquet"))
     summary = score(
-        train=train, validation=validation, out=out, settings=Scores.model_validate(options), seed=seed
+        train=train,
+        validation=validation,
+        out=out,
+        settings=Scores.model_validate(options),
+        seed=seed,
+        previous=previous,
     )
     return pq.read_table(out), summary
 
@@ -369,3 +376,78 @@ def test_progress_reaches_the_end(tmp_path: Path, world):
     )
     assert [p.done for p in seen] == [4, 8, 12, 16, 20, 23]
     assert {p.total for p in seen} == {23}
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+def stage(tmp_path: Path, number: int, sets: tuple[str, ...] = ("a", "b")) -> tuple[Path, dict[str, Path]]:
+    """Give a pool of the same prompts at every stage, others of them dead, and other gradients."""
+    place = tmp_path / f"stage-{number}"
+    place.mkdir()
+    status = np.random.default_rng(50 + number).choice([0, 0, 0, 2], 31).astype(np.uint8)
+    train = write_store(place / "train.zarr", draw(31, 60 + number), status)
+    return train, {name: write_store(place / f"{name}.zarr", draw(5, ord(name) + number)) for name in sets}
+
+
+def columns(table: pa.Table) -> np.ndarray:
+    return np.stack([table[name].to_numpy() for name in ("a", "b")], axis=1).astype(np.float64)
+
+
+def standard(scores: np.ndarray) -> np.ndarray:
+    return (scores - np.nanmean(scores, axis=0)) / np.nanstd(scores, axis=0)
+
+
+@pytest.mark.parametrize("fusion", get_args(Fusion))
+def test_memory_adds_the_standardised_scores_of_all_stages_before(tmp_path: Path, fusion: str):
+    stages = [stage(tmp_path, number) for number in (1, 2, 3)]
+    expected, previous = np.zeros((31, 2)), None
+    for number, (train, sets) in enumerate(stages):
+        alone, _ = run(tmp_path, train, sets, metric="dot", fusion=fusion, name="alone.parquet")
+        settings = {"metric": "dot", "fusion": fusion, "name": f"{number}.parquet"}
+        memory = {} if previous is None else {"memory": 0.5, "previous": previous}
+        table, _ = run(tmp_path, train, sets, **settings, **memory)
+        expected = standard(columns(alone)) + 0.5 * expected
+        found = columns(table) if previous is not None else standard(columns(table))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert (np.isnan(found) == np.isnan(columns(alone))).all(), "only prompts with a gradient are scored"
+        expected, previous = np.nan_to_num(expected), tmp_path / settings["name"]
+        live = ~np.isnan(table["rank"].to_numpy(zero_copy_only=False).astype(float))
+        names = [one for one, ok in zip(table["prompt_id"].to_pylist(), live, strict=True) if ok]
+        _, rank, _ = fuse(
+            columns(table)[live].astype(np.float32), Scores(fusion=fusion, metric="dot"), tie_keys(names, 0)
+        )
+        assert table["rank"].drop_null().to_pylist() == rank.tolist()
+
+
+def test_memory_finds_a_direction_under_noise_that_changes_from_stage_to_stage(tmp_path: Path):
+    rng, found = np.random.default_rng(5), {0.0: 0, 1.0: 0}
+    rows = rng.standard_normal((400, K)).astype(np.float32)
+    rows[:40, 0] += 3  # a tenth of the pool is of the targets' direction
+    train, previous = write_store(tmp_path / "pool.zarr", rows, rows_per_shard=100), None
+    for number in range(6):
+        noisy = 0.6 * rng.standard_normal((1, K)).astype(np.float32)
+        noisy[0, 0] += 1
+        sets = {"a": write_store(tmp_path / f"a{number}.zarr", noisy)}
+        for memory in found:
+            kept = {"memory": memory, "previous": previous} if memory and previous else {}
+            table, _ = run(tmp_path, train, sets, name=f"{number}-{memory}.parquet", **kept)
+            chosen = np.argsort(table["rank"].to_numpy())[:40]
+            found[memory] += int((chosen < 40).sum())
+        previous = tmp_path / f"{number}-1.0.parquet"
+    assert found[1.0] > 1.2 * found[0.0], found
+
+
+def test_memory_and_the_stage_before_go_together(tmp_path: Path):
+    train, sets = stage(tmp_path, 1)
+    run(tmp_path, train, sets, name="before.parquet")
+    before = tmp_path / "before.parquet"
+    with pytest.raises(ConfigError, match=r"memory=0\.5 without the scores"):
+        run(tmp_path, train, sets, memory=0.5)
+    with pytest.raises(ConfigError, match=r"memory=0\.0 with the scores"):
+        run(tmp_path, train, sets, previous=before)
+    with pytest.raises(ConfigError, match=r"validation sets \['a', 'b'\], and these of \['a'\]"):
+        run(tmp_path, train, {"a": sets["a"]}, previous=before, memory=0.5)
+    other = write_store(tmp_path / "other.zarr", draw(4, 9))
+    with pytest.raises(ArtifactError, match="lacks 4 prompts of this pool, such as 'other-0'"):
+        run(tmp_path, other, sets, previous=before, memory=0.5)

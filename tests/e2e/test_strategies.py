@@ -5,6 +5,7 @@ import shutil
 import threading
 from typing import get_args
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -115,6 +116,34 @@ def test_always_collects_with_the_current_policy_at_every_stage(own_copy):
     assert origins(record)["rollouts/pool@1"] == "cached"
     summary = Store(root).manifest(record.slots["gradients/pool@2"].ref).summary
     assert summary["median_ess_share"] == pytest.approx(1, abs=1e-4), "on policy every ratio is one"
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+def standard(values):
+    return (values - np.nanmean(values)) / np.nanstd(values)
+
+
+def goal_column(root, ref):
+    return pq.read_table(Store(root).path(ref) / "scores.parquet")["goal"].to_numpy().astype(float)
+
+
+def test_memory_begins_at_the_second_stage_with_the_scores_of_the_first(own_copy):
+    root, plain = own_copy
+    record = go(tiny(scores={"memory": 0.5}), root)
+    assert record.slots["scores@1"].origin == "cached", "nothing to remember: the same artifact as without"
+    second = record.slots["scores@2"]
+    assert second.origin == "computed"
+    assert Store(root).manifest(second.ref).inputs["previous"] == record.slots["scores@1"].ref
+    one, two = (goal_column(root, plain.slots[f"scores@{stage}"].ref) for stage in (1, 2))
+    expected = standard(two) + 0.5 * np.nan_to_num(standard(one))
+    np.testing.assert_allclose(goal_column(root, second.ref), expected, atol=1e-5)
+    chosen = [row for row in selection_of(root, record, 2) if row["selected"]]
+    assert chosen
+    assert all("rrf: goal #" in row["reason"] for row in chosen)
+    again = go(tiny(scores={"memory": 0.5}), root)
+    assert computed(again) == set()
 
 
 # -- nothing twice, nothing skipped -------------------------------------------------------------------------

@@ -35,6 +35,17 @@ def test_another_fusion_is_another_artifact_and_the_run_stays_as_it_was(own_copy
     assert load_run(store, run["run"]) == before
 
 
+def test_an_earlier_run_is_rescored_with_memory_of_its_stage_before(own_copy):
+    root, _ = own_copy
+    run = curriculum(config=tiny_config(stages=2), root=str(root))
+    made = single.scores(run=run["run"], stage=2, root=str(root), memory=0.5)
+    manifest = Store(root).manifest(made["ref"]["key"])
+    assert manifest.settings["scores"]["memory"] == 0.5
+    assert manifest.inputs["previous"].key == run["slots"]["scores@1"]["key"]
+    with pytest.raises(ArtifactError, match="has no 'scores@0'"):
+        single.scores(run=run["run"], stage=1, root=str(root), memory=0.5)
+
+
 def test_single_steps_can_be_chained_and_pinned(own_copy):
     root, run = own_copy
     scores = single.scores(run=run["run"], root=str(root), metric="dot")
