@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from cropi_core.content import write_atomic
 from cropi_core.errors import DataError
-from cropi_core.influence import fuse, order, tie_keys
+from cropi_core.fusion import fuse, order, tie_keys
 from cropi_core.prompts import read_prompts
 from cropi_core.selection import subset_size
 from cropi_core.tables import read_parquet

@@ -13,9 +13,7 @@ References:
     (POPI); the orders of several sets are fused by reciprocal rank.
 """
 
-import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
+from cropi_core.fusion import best, fuse, remember, standardise, tie_keys
 from cropi_core.gradient_store import GradientStore
 from cropi_core.progress import Report, silent
 from cropi_core.shard_reader import in_order, threads_here
-from cropi_core.similarity import nonzero, stream_similarities
+from cropi_core.similarity import nonzero, stream_nearest, stream_similarities
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import SCORE_FIXED, STATUSES, scores_schema
 from data_schemas.config import Scores
@@ -95,7 +94,15 @@ def score(
         )
     goals = np.stack([set_targets(name, stores[name], settings, seed) for name in names])  # (V, 3, k)
     sizes = [int((stores[name].column("status") == 0).sum()) for name in names]
-    similar = stream_similarities(pool, goals, sizes, settings.metric, report, threads)[ok]
+    if settings.target == "nearest":
+        prompts = [_members(stores[name], seed) for name in names]
+        sets = [
+            (_rows(stores[name], all_[:, 0]), all_[all_[:, 0], 1:])
+            for name, all_ in zip(names, prompts, strict=True)
+        ]
+        similar = stream_nearest(pool, sets, settings.nearest, settings.metric, report, threads)[ok]
+    else:
+        similar = stream_similarities(pool, goals, sizes, settings.metric, report, threads)[ok]
     ids = pool.column("prompt_id")
     keys = tie_keys(list(ids[ok]), seed)
     values = similar[:, :, 0]
@@ -123,23 +130,6 @@ def score(
     }
 
 
-def remember(now: np.ndarray, before: np.ndarray, memory: float) -> np.ndarray:
-    """Add to a stage's scores those of the stages before: m_t = z(s_t) + memory · m_(t−1).
-
-    The target of a later stage is mostly noise (docs/evidence.md), and noise that is drawn anew at every stage; what a
-    prompt is about stays. Prompts are standardised set by set, so that no stage counts more for its longer gradients.
-
-    Args:
-        now: ``(n, V)`` similarities of the prompts with a gradient.
-        before: ``(n, V)`` what the stage before came to, standardised; 0 for a prompt that it could not score.
-        memory: From 0, the present alone, to 1, where all stages count alike.
-
-    Returns:
-        ``(n, V)`` float32.
-    """
-    return (_z_scores(now) + memory * before).astype(np.float32)
-
-
 def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) -> np.ndarray:
     """Read ``(n, V)`` standardised scores of the stage before, in the order of the prompts; 0 where it has none.
 
@@ -158,7 +148,7 @@ def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) ->
     known = ~np.isnan(columns).any(axis=1)
     recipe = json.loads((table.schema.metadata or {}).get(SETTINGS_KEY, b"null")) or {"settings": {}}
     if not recipe["settings"].get("memory"):  # of the first stage: similarities as they are
-        columns[known] = _z_scores(columns[known])
+        columns[known] = standardise(columns[known])
     columns[~known] = 0
     place = {prompt_id: row for row, prompt_id in enumerate(table["prompt_id"].to_pylist())}
     if missing := [one for one in prompt_ids if one not in place]:
@@ -166,13 +156,6 @@ def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) ->
             f"{previous} lacks {len(missing)} prompts of this pool, such as {missing[0]!r}: it is of another pool"
         )
     return columns[[place[one] for one in prompt_ids]]
-
-
-def tie_keys(prompt_ids: Sequence[str], seed: int) -> np.ndarray:
-    """Return ``(n,)`` uint64 that order equal scores: a seeded hash of the id."""
-    salt = seed.to_bytes(8, "little", signed=True)
-    digests = [hashlib.blake2b(i.encode(), digest_size=8, salt=salt).digest() for i in prompt_ids]
-    return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 def target(blocks: Iterable[tuple[slice, np.ndarray]], members: np.ndarray, kind: str) -> np.ndarray:
@@ -207,125 +190,36 @@ def target(blocks: Iterable[tuple[slice, np.ndarray]], members: np.ndarray, kind
 def set_targets(name: str, store: GradientStore, settings: Scores, seed: int) -> np.ndarray:
     """Return ``(3, k)``: the target of a validation set, and those of two seeded halves of its prompts.
 
+    Of ``nearest``, which has no one target, the normalized means, which say how far the halves agree.
+
     Raises:
         SelectionError: No prompt of the set has a gradient, or the gradients cancel out.
     """
-    live = np.flatnonzero(store.column("status") == 0)
-    if not len(live):
+    members = _members(store, seed)
+    live = int(members[:, 0].sum())
+    if not live:
         raise SelectionError(f"no prompt with a gradient in validation set {name} ({_counts(store)})")
+    nearest = settings.target == "nearest"
+    goals = target(store.blocks(), members, "normalized_mean" if nearest else settings.target)
+    if not nearest and not goals[0].any():
+        raise SelectionError(f"the target of validation set {name} is zero: its {live} gradients cancel out")
+    return goals
+
+
+def _members(store: GradientStore, seed: int) -> np.ndarray:
+    """Return ``(n, 3)`` bool: the prompts with a gradient, and two seeded halves of them."""
+    live = np.flatnonzero(store.column("status") == 0)
     members = np.zeros((store.n, 3), dtype=bool)
     members[live, 0] = True
     shuffled = live[np.argsort(tie_keys(list(store.column("prompt_id")[live]), seed))]
     members[shuffled[0::2], 1] = True
     members[shuffled[1::2], 2] = True
-    goals = target(store.blocks(), members, settings.target)
-    if not goals[0].any():
-        raise SelectionError(
-            f"the target of validation set {name} is zero: its {len(live)} gradients cancel out"
-        )
-    return goals
+    return members
 
 
-def order(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return the positions of ``(n,)`` values from best to worst, equal ones by their keys.
-
-    As ``np.lexsort((keys, -values))``, three times as fast: numpy sorts one key with vector instructions, and
-    what is equal is put right afterwards.
-    """
-    positions = np.argsort(-values)
-    found = values[positions]
-    same = (found[1:] == found[:-1]) | (np.isnan(found[1:]) & np.isnan(found[:-1]))
-    if same.any():
-        same = np.concatenate([[False], same, [False]])
-        places = np.flatnonzero(same[1:] | same[:-1])
-        run = np.cumsum(~same)[places]  # the number of its group of equals
-        among = positions[places]
-        positions[places] = among[np.lexsort((keys[among], run))]
-    return positions
-
-
-def best(values: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
-    """Return the positions of the ``count`` best of ``(n,)`` values, as :func:`order`, without sorting the rest."""
-    falling = -values
-    limit = np.partition(falling, count - 1)[count - 1]
-    among = np.flatnonzero(~(falling > limit))  # not <=, so that NaN, the worst of all, stays among them
-    return among[order(values[among], keys[among])[:count]]
-
-
-def ranks(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return ``(n,)`` int32 places counted from 1, the largest value first, equal ones by their keys."""
-    places = np.empty(len(values), dtype=np.int32)
-    places[order(values, keys)] = np.arange(1, len(values) + 1, dtype=np.int32)
-    return places
-
-
-def fuse(scores: np.ndarray, settings: Scores, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse the orders of V validation sets into one.
-
-    * ``rrf``: Σ_v 1 / (k0 + rank_v); with ``rrf_top`` only the best n of a set get its vote.
-    * ``mean``: the mean over the sets of z-scores, so that a set of widely spread scores has no more to say.
-    * ``max``: the largest cosine, as cosines mean the same in every set; of ``dot`` the largest z-score, as
-      inner products grow with the norm of the target.
-    * ``quota``: the sets take turns, each picking its best prompt not yet taken; score 1 − (rank − 1)/n.
-
-    Args:
-        scores: ``(n, V)``, finite; prompts without a gradient are left out before.
-        settings: ``fusion``, ``rrf_k0``, ``rrf_top``, ``metric``.
-        keys: ``(n,)`` unsigned integers that order equal scores, see :func:`tie_keys`.
-
-    Returns:
-        ``score`` ``(n,)`` float32; ``rank`` ``(n,)`` int32 from 1, by falling score; ``votes`` ``(n, V)``
-        int32, the prompt's rank in each set that spoke for it, 0 where a set did not.
-
-    References:
-        thu-coai/CROPI (293c663) is ``rrf`` with k0 = 0 over the best n of each set. Cormack, Clarke and
-        Büttcher, *Reciprocal rank fusion*, SIGIR 2009, take k0 = 60.
-    """
-    if not np.isfinite(scores).all():
-        raise SelectionError(
-            f"{(~np.isfinite(scores)).sum()} scores are not finite; a fusion would hide them"
-        )
-    n, sets = scores.shape
-    places = np.stack([ranks(scores[:, v], keys) for v in range(sets)], axis=1)
-    if settings.fusion == "rrf":
-        votes = places if settings.rrf_top is None else np.where(places <= settings.rrf_top, places, 0)
-        fused = np.where(votes > 0, 1 / (settings.rrf_k0 + places), 0).sum(axis=1)
-    elif settings.fusion == "mean":
-        fused, votes = _z_scores(scores).mean(axis=1), places
-    elif settings.fusion == "max":
-        values = scores.astype(np.float64) if settings.metric == "cosine" else _z_scores(scores)
-        fused = values.max(axis=1)
-        votes = np.where(values == fused[:, None], places, 0)
-    elif settings.fusion == "quota":
-        rank, picked_by = take_turns(places)
-        votes = np.where(picked_by[:, None] == np.arange(sets), places, 0)
-        return (1 - (rank - 1) / n).astype(np.float32), rank, votes
-    else:
-        raise ConfigError(f"scores.fusion={settings.fusion!r} must be rrf, max, mean or quota")
-    fused = fused.astype(np.float32)  # ranked as stored: who reads the table finds the order in it again
-    return fused, ranks(fused, keys), votes
-
-
-def take_turns(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Let the sets pick in turn their best prompt that is not taken.
-
-    Args:
-        places: ``(n, V)`` ranks from 1.
-
-    Returns:
-        ``(n,)`` int32 rank in the order of picking, and ``(n,)`` which set picked.
-    """
-    n, sets = places.shape
-    preference = np.argsort(places, axis=0)
-    rank, picked_by = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.int32)
-    cursor = [0] * sets
-    for turn in range(n):
-        v = turn % sets
-        while rank[preference[cursor[v], v]]:
-            cursor[v] += 1
-        chosen = preference[cursor[v], v]
-        rank[chosen], picked_by[chosen] = turn + 1, v
-    return rank, picked_by
+def _rows(store: GradientStore, members: np.ndarray) -> np.ndarray:
+    """Read the features of some prompts, ``(members, k)``."""
+    return np.concatenate([block[members[rows]] for rows, block in store.blocks()])
 
 
 def check_comparable(train: GradientStore, validation: GradientStore) -> None:
@@ -406,17 +300,6 @@ def _agreement(goals: np.ndarray, similar: np.ndarray, keys: np.ndarray) -> dict
         "split_half_cosine": float(goals[1] @ goals[2] / (norms[1] * norms[2])),
         "split_half_top_overlap": len(np.intersect1d(first, second)) / top,
     }
-
-
-def _z_scores(scores: np.ndarray) -> np.ndarray:
-    """Standardise each column of ``(n, V)``; exact sums, so that the rows' order decides no tie."""
-    values = scores.astype(np.float64)
-    n = len(values)
-    centred = values - np.array([math.fsum(column) / n for column in values.T])
-    centred[:, np.ptp(values, axis=0) == 0] = (
-        0  # without this a constant column is its rounding error, scaled up
-    )
-    return centred / nonzero(np.array([math.sqrt(math.fsum(column**2) / n) for column in centred.T]))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

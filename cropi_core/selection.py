@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.errors import ConfigError, DataError, SelectionError
-from cropi_core.influence import SETTINGS_KEY, fuse, order, ranks, tie_keys
+from cropi_core.fusion import fuse, order, ranks, tie_keys
+from cropi_core.influence import SETTINGS_KEY
 from cropi_core.tables import write_parquet
 from data_schemas.arrow import SCORE_FIXED, SELECTION
 from data_schemas.config import Scores, Selection

@@ -143,6 +143,58 @@ def stream_similarities(
     return similar
 
 
+def stream_nearest(
+    pool: GradientStore,
+    sets: Sequence[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    metric: str,
+    report: Report = silent,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Stream the pool once against every prompt of V validation sets, and keep the mean of the ``count`` largest.
+
+    Costs one product a validation prompt and row, where a target costs one a set, and the memory of all their features.
+
+    Args:
+        pool: Its features.
+        sets: Of each validation set the features ``(m, k)`` of its prompts, and ``(m, 2)`` bool: its halves.
+        count: How many of a set's prompts count, or all where there are fewer.
+        metric: As for :class:`Comparison`.
+        report: Told of every block.
+        threads: As for :func:`stream_similarities`.
+
+    Returns:
+        ``(n, V, 3)`` float32: by all prompts of a set, and by those of its halves; 0 by an empty half.
+    """
+    compare = Comparison(np.concatenate([features for features, _ in sets]), metric)
+    ends = np.cumsum([len(features) for features, _ in sets])
+
+    def nearest(block: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(block), len(sets), 3), dtype=np.float32)
+        by_set = np.split(compare(block, scale), ends[:-1], axis=1)
+        for v, (similar, (_, halves)) in enumerate(zip(by_set, sets, strict=True)):
+            found[:, v, 0] = mean_of_largest(similar, count)
+            for half in (0, 1):
+                found[:, v, 1 + half] = mean_of_largest(similar[:, halves[:, half]], count)
+        return found
+
+    similar = np.empty((pool.n, len(sets), 3), dtype=np.float32)
+    for rows, part in pool.map_blocks(nearest, threads=threads):
+        similar[rows] = part
+        report(Progress(rows.stop, pool.n, "prompts"))
+    return similar
+
+
+def mean_of_largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Return ``(rows,)`` float64: the mean of each row's ``count`` largest of ``(rows, m)``; 0 where m is 0."""
+    count = min(count, values.shape[1])
+    if not count:
+        return np.zeros(len(values))
+    # Sorted, so that the sum does not depend on the order of the columns.
+    largest = np.sort(np.partition(values, -count, axis=1)[:, -count:], axis=1)
+    return largest.mean(axis=1, dtype=np.float64)
+
+
 def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:
     """Compare one block of features ``(rows, k)`` with targets ``(groups, k)``; see :class:`Comparison`."""
     return Comparison(targets, metric)(block)

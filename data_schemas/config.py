@@ -35,6 +35,7 @@ from data_schemas.vllm import Engine, Vllm
 from data_schemas.vllm import contradictions as vllm_contradictions
 
 Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm"]
+Target = Literal["mean", "normalized_mean", "nearest"]
 Fusion = Literal["rrf", "max", "mean", "quota"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
 Ratio = Literal["none", "token", "token_clip", "sequence", "sequence_truncated"]
@@ -146,7 +147,14 @@ class Scores(Section):
     """Influence on the validation sets, and their fusion into one order."""
 
     metric: Literal["cosine", "dot"] = "cosine"
-    target: Literal["mean", "normalized_mean"] = "mean"
+    target: Target = Field(
+        default="mean",
+        description="What a prompt is compared with: the mean of the set's gradients, that of their directions, or its "
+        "prompts one by one, of which the `nearest` count.",
+    )
+    nearest: Annotated[int, LATER] = Field(
+        default=5, ge=1, description="Of target `nearest`: how many validation prompts, the most alike."
+    )
     fusion: Fusion = "rrf"
     rrf_k0: float = Field(default=60.0, ge=0)
     rrf_top: int | None = Field(default=None, ge=1, description="Only the best n of a set vote.")

@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from cropi_core.runs import load_run
-from data_schemas.config import Fusion, LossType, Ratio, Strategy
+from data_schemas.config import Fusion, LossType, Ratio, Strategy, Target
 from flows.environment import artifact_root
 from flows.rerun import latest, rerun
 from tasks.steps import store_at
@@ -111,7 +111,7 @@ def scores(
     stage: Stage = 1,
     root: Root = None,
     metric: Literal["cosine", "dot"] | None = None,
-    target: Literal["mean", "normalized_mean"] | None = None,
+    target: Target | None = None,
     fusion: Fusion | None = None,
     rrf_k0: Annotated[float | None, Field(ge=0, description="Constant of reciprocal-rank fusion.")] = None,
     rrf_top: Annotated[int | None, Field(ge=1, description="Only the best n of a set vote.")] = None,

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
+from cropi_core.fusion import best, fuse, order, ranks, tie_keys
 from cropi_core.gradient_store import GradientStore
-from cropi_core.influence import best, fuse, order, ranks, score, target, tie_keys
-from cropi_core.similarity import similarities
+from cropi_core.influence import score, target
+from cropi_core.similarity import mean_of_largest, similarities
 from data_schemas.arrow import scores_schema
 from data_schemas.config import Fusion, Scores
 
@@ -97,6 +98,45 @@ def test_streaming_equals_brute_force(tmp_path: Path, world, metric: str, kind: 
         assert np.isnan(got[status != 0]).all()
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("count", [1, 3, 7, 50])
+def test_nearest_is_the_mean_of_the_largest_similarities_to_single_prompts(
+    tmp_path: Path, world, metric: str, count: int
+):
+    train, stores, rows, sets, status = world
+    table, summary = run(tmp_path, train, stores, metric=metric, target="nearest", nearest=count)
+    for name, set_rows in sets.items():
+        similar = rows.astype(np.float64) @ set_rows.T.astype(np.float64)
+        if metric == "cosine":
+            similar /= np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(set_rows, axis=1)
+        expected = -np.sort(-similar, axis=1)[:, :count].mean(axis=1)
+        got = table.column(name).to_numpy()
+        np.testing.assert_allclose(got[status == 0], expected[status == 0], rtol=1e-4, atol=1e-6)
+        assert np.isnan(got[status != 0]).all()
+        assert summary["sets"][name]["split_half_top_overlap"] is not None
+
+
+def test_a_dead_validation_prompt_is_near_to_nobody(tmp_path: Path, world):
+    train, _, _, sets, _ = world
+    alive = {"a": write_store(tmp_path / "alive.zarr", sets["a"][:4])}
+    status = np.array([0, 0, 0, 0, 2, 1], dtype=np.uint8)
+    with_dead = {
+        "a": write_store(tmp_path / "dead.zarr", sets["a"], status, [f"alive-{i}" for i in range(6)])
+    }
+    tables = [run(tmp_path, train, one, target="nearest", nearest=9)[0]["a"] for one in (alive, with_dead)]
+    assert tables[0] == tables[1]
+
+
+def test_nearest_halves_are_scored_by_their_own_prompts_alone():
+    """Two halves of opposite directions agree on nobody."""
+    pool = draw(40, 1)
+    features, halves = np.concatenate([pool[:3], -pool[:3]]), np.repeat(np.eye(2, dtype=bool), 3, axis=0)
+    similar = similarities(pool, features, "cosine")
+    first, second = (mean_of_largest(similar[:, half], 3) for half in halves.T)
+    np.testing.assert_allclose(first, -second, atol=1e-6)
+    assert (mean_of_largest(similar[:, :0], 3) == 0).all()
+
+
 def test_the_table_has_every_prompt_in_order_and_nothing_else(tmp_path: Path, world):
     train, stores, _, _, status = world
     table, summary = run(tmp_path, train, stores)
@@ -111,22 +151,24 @@ def test_the_table_has_every_prompt_in_order_and_nothing_else(tmp_path: Path, wo
     assert set(summary["sets"]) == {"a", "b"}
 
 
-@pytest.mark.parametrize("fusion", ["rrf", "max", "mean", "quota"])
+@pytest.mark.parametrize("fusion", get_args(Fusion))
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("target", ["mean", "nearest"])
 def test_neither_shards_nor_blocks_nor_listing_change_the_bytes(
-    tmp_path: Path, world, fusion: str, metric: str
+    tmp_path: Path, world, fusion: str, metric: str, target: str
 ):
     train, stores, rows, _, status = world
-    run(tmp_path, train, stores, fusion=fusion, metric=metric)
+    run(tmp_path, train, stores, fusion=fusion, metric=metric, target=target)
     first = (tmp_path / "scores.parquet").read_bytes()
     ids = [f"train-{i}" for i in range(23)]
     whole = write_store(tmp_path / "w.zarr", rows, status, ids, rows_per_shard=64)
-    run(tmp_path, whole, dict(reversed(stores.items())), fusion=fusion, metric=metric)
+    run(tmp_path, whole, dict(reversed(stores.items())), fusion=fusion, metric=metric, target=target)
     assert (tmp_path / "scores.parquet").read_bytes() == first
 
 
-@pytest.mark.parametrize("fusion", ["rrf", "max", "mean", "quota"])
-def test_the_order_of_the_rows_changes_nothing(tmp_path: Path, fusion: str):
+@pytest.mark.parametrize("target", ["mean", "nearest"])
+@pytest.mark.parametrize("fusion", get_args(Fusion))
+def test_the_order_of_the_rows_changes_nothing(tmp_path: Path, fusion: str, target: str):
     rows = np.concatenate([draw(12, 0)] * 3)  # three of each: nothing but ties
     ids = [f"p{i}" for i in range(len(rows))]
     stores = {
@@ -136,7 +178,7 @@ def test_the_order_of_the_rows_changes_nothing(tmp_path: Path, fusion: str):
     ordered = {}
     for trial, permutation in enumerate([np.arange(36), np.random.default_rng(5).permutation(36)]):
         train = write_store(tmp_path / f"t{trial}.zarr", rows[permutation], ids=[ids[i] for i in permutation])
-        table, _ = run(tmp_path, train, stores, fusion=fusion)
+        table, _ = run(tmp_path, train, stores, fusion=fusion, target=target)
         ordered[trial] = dict(
             zip(table.column("prompt_id").to_pylist(), table.column("rank").to_pylist(), strict=True)
         )
