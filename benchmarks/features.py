@@ -35,8 +35,9 @@ from cropi_core.groups import OK, ZERO_VARIANCE, Group, group_rollouts
 from cropi_core.planning.meter import Meter
 from cropi_core.policy import load_policy
 from cropi_core.rollouts import read_rollouts, sampling_of
+from cropi_core.similarity import mean_of_largest, similarities
 from cropi_core.world import base_checkpoint
-from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling
+from data_schemas.config import Gradients, Objective, Projection, Runtime, Sampling, Scores
 
 FORMS = {"": Projection(k=8192), "_factored": Projection(k=8192, form="factored", density=0.1)}
 """The default form, and the subset of rows and columns, by the ending of their figures' names; k as the peers' is."""
@@ -258,9 +259,18 @@ def precision(prompts: int, budget: int) -> dict[str, Any]:
             rows[name] = np.stack([out[i] for i in range(len(groups))]).astype(np.float64)
     goal = [i for i, g in enumerate(groups) if g.prompt_id.startswith("reverse")][: prompts // 12]
     rest = [i for i in range(len(groups)) if i not in goal]
-    scores = [x[rest] @ x[goal].mean(0) / np.linalg.norm(x[rest], axis=1) for x in rows.values()]
-    same = agreement(*scores, np.arange(len(rest)), 0.1)
-    return {"precision_at_10": same["overlap"], "precision_prompts": len(rest)}
+    found = {"precision_prompts": len(rest)}
+    for name, settings in (("precision_at_10", Scores()), ("precision_at_10_mean", Scores(target="mean"))):
+        scores = [scored(x[rest], x[goal], settings) for x in rows.values()]
+        found[name] = agreement(*scores, np.arange(len(rest)), 0.1)["overlap"]
+    return found
+
+
+def scored(pool: np.ndarray, validation: np.ndarray, settings: Scores) -> np.ndarray:
+    """Score features ``(n, k)`` against those of one validation set, as ``influence.score`` does with stores."""
+    if settings.target == "nearest":
+        return mean_of_largest(similarities(pool, validation, settings.metric), settings.nearest)
+    return similarities(pool, validation.mean(0)[None], settings.metric)[:, 0]
 
 
 def main() -> None:

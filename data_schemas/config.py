@@ -148,12 +148,12 @@ class Scores(Section):
 
     metric: Literal["cosine", "dot"] = "cosine"
     target: Target = Field(
-        default="mean",
-        description="What a prompt is compared with: the mean of the set's gradients, that of their directions, or its "
-        "prompts one by one, of which the `nearest` count.",
+        default="nearest",
+        description="What a prompt is compared with: the validation prompts one by one, of which the `nearest` count; "
+        "or one direction, the mean of their gradients (as the paper) or of the gradients' directions.",
     )
     nearest: Annotated[int, LATER] = Field(
-        default=5, ge=1, description="Of target `nearest`: how many validation prompts, the most alike."
+        default=5, ge=1, description="How many validation prompts of a set count, the most alike."
     )
     fusion: Fusion = "rrf"
     rrf_k0: float = Field(default=60.0, ge=0)

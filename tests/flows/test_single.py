@@ -31,7 +31,7 @@ def test_another_fusion_is_another_artifact_and_the_run_stays_as_it_was(own_copy
     made = single.scores(run=run["run"], root=str(root), fusion="max", metric="dot")
     assert made["origin"] == "computed"
     scores = store.manifest(made["ref"]["key"]).settings["scores"]
-    assert (scores["fusion"], scores["metric"], scores["target"]) == ("max", "dot", "mean")
+    assert (scores["fusion"], scores["metric"], scores["target"]) == ("max", "dot", "nearest")
     assert load_run(store, run["run"]) == before
 
 
