@@ -397,8 +397,8 @@ class Store:
         return self.root / name
 
     def names(self, directory: str) -> list[str]:
-        """List the files of one of the root's directories, the one written first first."""
+        """List the files of one of the root's directories, the one written first first; none that is being written."""
         if self.remote:
             return self.remote.names(directory)
-        paths = [path for path in (self.root / directory).glob("*") if path.is_file()]
+        paths = [path for path in (self.root / directory).glob("[!.]*") if path.is_file()]
         return [p.name for p in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))]

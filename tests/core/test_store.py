@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -330,3 +331,21 @@ def test_a_fault_is_one_line_whatever_pydantic_says(tmp_path):
     assert "\n" not in fault
     assert "https" not in fault
     assert all(words in fault for words in (str(path), "setuings: Extra inputs", "seconds: Input should be"))
+
+
+def test_runs_can_be_listed_while_their_records_are_written(store):
+    """A record is written under another name first, which is gone a moment later."""
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            store.write("runs/one.json", "{}")
+
+    writer = threading.Thread(target=write)
+    store.write("runs/one.json", "{}")
+    writer.start()
+    try:
+        assert all(store.names("runs") == ["one.json"] for _ in range(300))
+    finally:
+        stop.set()
+        writer.join()
