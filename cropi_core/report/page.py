@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from cropi_core.card import card
 from cropi_core.report import plots, text
+from cropi_core.report.chosen import section
 from cropi_core.report.data import (
     Artifacts,
     Curve,
@@ -84,6 +85,7 @@ def render(store: Store, record: RunRecord) -> str:
         "overlaps": _matrix(choices, overlap) if any(c.selected is not None for c in choices) else [],
         "correlations": _matrix(choices, rank_correlation),
         "score_figures": _score_figures(choices, artifacts.config.scores.metric),
+        "chosen": section(artifacts),
         "panel": panel(artifacts),
         "absent": _absent(artifacts.config),
         "slots": run_slots(artifacts),

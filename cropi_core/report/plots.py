@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from cropi_core.report.data import Curve, Trained
 from cropi_core.report.text import cut, visible
@@ -207,3 +207,44 @@ def score_histogram(values: dict[int, np.ndarray], name: str, number: int, metri
         ax.set_ylabel("share of prompts")
         ax.legend(loc="upper right")
         return to_svg(ax, f"scores-{number}", "Scores of the pool by stage")
+
+
+def beside_chance(labels: Sequence[str], reach: dict[int, list[float | None]]) -> str | None:
+    """Draw how far selections lie from their pool, a row a figure and a mark a stage; None without values.
+
+    Args:
+        labels: Of the figures, the first at the top.
+        reach: By stage and figure, in half-widths of what a random subset reaches: within −1 to 1 is chance.
+    """
+    stages = sorted(reach)
+    if len(stages) > len(COLOURS):
+        stages = [stages[i] for i in np.linspace(0, len(stages) - 1, len(COLOURS)).astype(int)]
+    if not any(value is not None for stage in stages for value in reach[stage]):
+        return None
+    with axes((5.2, 0.9 + 0.3 * len(labels))) as ax:
+        ax.axvspan(-1, 1, color=GREY, alpha=0.2, linewidth=0)
+        ax.axvline(0, color=GREY, linewidth=0.8)
+        for i, stage in enumerate(stages):
+            offset = (i - (len(stages) - 1) / 2) * 0.5 / len(stages)
+            marks = [(value, row + offset) for row, value in enumerate(reach[stage]) if value is not None]
+            ax.plot(
+                [x for x, _ in marks],
+                [y for _, y in marks],
+                linestyle="none",
+                marker=MARKERS[i],
+                markersize=5,
+                color=COLOURS[i],
+                label=f"stage {stage}",
+            )
+        ax.set_xscale("symlog", linthresh=2)
+        most = max(2.0, *(abs(v) for stage in stages for v in reach[stage] if v is not None))
+        ax.set_xlim(-1.3 * most, 1.3 * most)
+        ticks = [t for t in (1, 3, 10, 30, 100, 1000) if t <= 1.3 * most]
+        ax.set_xticks([*(-t for t in reversed(ticks)), 0, *ticks], minor=False)
+        ax.set_xticklabels([*(f"−{t}" for t in reversed(ticks)), "0", *map(str, ticks)])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_yticks(range(len(labels)), [short(label, 44) for label in labels])
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.set_xlabel("selected − pool, in half-widths of chance")
+        ax.legend(loc="lower center", ncols=4, bbox_to_anchor=(0.35, 1.0))
+        return to_svg(ax, "beside-chance", "How far the selected prompts lie from their pool, beside chance")

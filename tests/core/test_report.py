@@ -48,7 +48,7 @@ TINY = [
     "selection.ratio=0.2",
     "runtime.threads=1",
 ]
-SECTIONS = ("accuracy", "selection", "scores", "trust", "prompts", "timings", "lineage")
+SECTIONS = ("accuracy", "selection", "chosen", "scores", "trust", "prompts", "timings", "lineage")
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}&lt;$x$"]
 
 
@@ -136,7 +136,7 @@ def test_every_section_is_there_and_every_stage_in_it(page: str, finished: RunRe
     for section in SECTIONS:
         assert f'<section id="{section}">' in page
     parts = dict(zip(SECTIONS, page.split("<section ")[1:], strict=True))
-    for section in ("accuracy", "selection", "scores", "trust", "prompts"):
+    for section in ("accuracy", "selection", "chosen", "scores", "trust", "prompts"):
         for stage in (1, 2):
             assert re.search(f"stage {stage}\\b", parts[section], re.IGNORECASE), (section, stage)
     for slot, used in finished.slots.items():

@@ -1,0 +1,144 @@
+"""What was selected, as the page shows it: one table, one picture, and the paper's findings in this run."""
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from cropi_core.chosen.contrast import Contrast
+from cropi_core.chosen.reading import RunChosen, StageChosen, chosen_of
+from cropi_core.report import plots
+from cropi_core.report.data import Artifacts, shown_stages
+from cropi_core.report.text import number, percent
+
+LABELS = {
+    "entropy": "entropy of a token, nats",
+    "pass_rate": "pass rate",
+    "level": "human level",
+    "difficulty": "1 − pass rate of the base",
+    "length": "tokens of a completion",
+    "similarity": "similarity to the validation sets",
+    "alike": "cosine of two selected",
+    "alike_nearest": "cosine with the nearest selected",
+}
+"""Figures of the table, in its order; those of single validation sets follow ``similarity``."""
+
+MEANINGS = {
+    "entropy": "Under the policy that chose, on the stored trajectories; prompts with a gradient alone.",
+    "pass_rate": "Of the trajectories that the stage chose by.",
+    "level": "The data's own, where its levels hold a number.",
+    "difficulty": "Share of failures in the first stage's trajectories, the base policy's: difficulty without a human.",
+    "length": "Mean over a prompt's trajectories.",
+    "similarity": "Mean cosine of a prompt's sentence embedding with those of a validation set; averaged over sets.",
+    "alike": "Mean cosine of the gradient features of two different prompts: how redundant the selection is.",
+    "alike_nearest": "Mean over selected prompts of the cosine with the most similar other one.",
+}
+MOST_SETS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of one stage: selected, pool, chance, and whether chance explains it."""
+
+    chosen: str
+    pool: str
+    chance: str
+    by_chance: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure by stage; a cell is None where it was not measured."""
+
+    label: str
+    cells: list[Cell | None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The section of the page."""
+
+    stages: list[int]
+    rows: list[Row]
+    moves: list[tuple[str, list[str]]]
+    meanings: list[tuple[str, str]]
+    figure: Markup | None
+    verdicts: list[str]
+    notes: list[str]
+
+
+def section(artifacts: Artifacts) -> Section | None:
+    """Lay out what the shown stages selected; None before any stage has."""
+    found = chosen_of(artifacts, shown_stages(artifacts.stages("selection")))
+    if not found.stages:
+        return None
+    names = _names(found)
+    svg = plots.beside_chance(
+        [label_of(name) for name in names],
+        {one.stage: [_reach(one.figures.get(name)) for name in names] for one in found.stages},
+    )
+    return Section(
+        stages=[one.stage for one in found.stages],
+        rows=[
+            Row(label_of(name), [_cell(name, one.figures.get(name)) for one in found.stages])
+            for name in names
+        ],
+        moves=_moves(found.stages),
+        meanings=[(LABELS[name], MEANINGS[name]) for name in names if name in MEANINGS],
+        figure=None if svg is None else Markup(svg),  # noqa: S704 - matplotlib escapes its text
+        verdicts=[verdict.sentence for verdict in found.verdicts],
+        notes=found.notes,
+    )
+
+
+def label_of(name: str) -> str:
+    """Return how a figure is called for people."""
+    kind, colon, of = name.partition(":")
+    if not colon:
+        return LABELS[name]
+    return f"mean cosine with {of}" if kind == "similarity" else f"cosine with the nearest of {of}"
+
+
+def _names(found: RunChosen) -> list[str]:
+    """List the figures that some stage has: those of many validation sets are in the JSON alone."""
+    known = list(dict.fromkeys(name for one in found.stages for name in one.figures))
+    sets = [name for name in known if ":" in name]
+    if len(sets) > 2 * MOST_SETS:
+        sets = []
+    if len(sets) == 2:  # of one set the mean is the first row already
+        sets = sets[1:]
+    return [
+        one for name in LABELS if name in known for one in (name, *(sets if name == "similarity" else []))
+    ]
+
+
+def _cell(name: str, found: Contrast | None) -> Cell | None:
+    if found is None:
+        return None
+    digits = 3 if name.startswith("alike") else 2  # cosines of gradients are near 0
+    values = (found.chosen, found.pool, found.low, found.high)
+    chosen, pool, low, high = (f"{value:.{digits}f}".replace("-", "−") for value in values)
+    return Cell(chosen, pool, f"{low} to {high}", found.side == "like chance")
+
+
+def _reach(found: Contrast | None) -> float | None:
+    return None if found is None else found.reach
+
+
+def _moves(stages: list[StageChosen]) -> list[tuple[str, list[str]]]:
+    """Lay out the movement between stages, a cell a stage; empty with one stage."""
+    if len(stages) < 2:
+        return []
+    rows: dict[str, list[str]] = {"Jaccard index with the stage before": [], "came, went": []}
+    rows["rank correlation of the scores"] = []
+    for one in stages:
+        cells = ["–"] * 3
+        if (moved := one.moved) is not None:
+            by_chance = "" if one.chance_jaccard is None else f" (chance {percent(one.chance_jaccard)})"
+            cells = [
+                "–" if moved.jaccard is None else f"{percent(moved.jaccard)}{by_chance}",
+                f"{len(moved.came)}, {len(moved.went)}",
+                number(moved.spearman),
+            ]
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
+    return list(rows.items())
