@@ -36,6 +36,7 @@ OPTIONAL = {
     "s3fs": ("a root on S3", "s3"),
     "jinja2": ("`cropi report`", "report"),
     "matplotlib": ("figures of `cropi report`", "report"),
+    "wordllama": ("similarity of texts in `cropi chosen`", "analysis"),
 }
 
 
