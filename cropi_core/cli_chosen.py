@@ -22,6 +22,7 @@ def chosen(
 ) -> None:
     """Compare what every stage selected with the pool and with chance (JSON has who came and who went)."""
     from cropi_core.chosen import read_chosen
+    from cropi_core.chosen.contrast import fixed
     from cropi_core.store import Store
 
     found = read_chosen(Store(root), run)
@@ -31,16 +32,14 @@ def chosen(
     rows = []
     for one in found.stages:
         for name, figure in one.figures.items():
-            means = [f"{value:.3f}" for value in (figure.pool, figure.chosen)]
-            chance = f"{figure.low:.3f} to {figure.high:.3f}"
-            rows.append(
-                (one.stage, name, f"{figure.selected} of {figure.known}", *means, chance, figure.side)
-            )
+            pool, taken, low, high = map(fixed, (figure.pool, figure.chosen, figure.low, figure.high))
+            prompts = f"{figure.selected} of {figure.known}"
+            rows.append((one.stage, name, prompts, pool, taken, f"{low} to {high}", figure.side))
     print_table(COLUMNS, rows)
     for one in found.stages:
         if (moved := one.moved) is not None:
             jaccard, spearman, chance = (
-                "none" if value is None else f"{value:.3f}"
+                "none" if value is None else fixed(value)
                 for value in (moved.jaccard, moved.spearman, one.chance_jaccard)
             )
             typer.echo(

@@ -22,6 +22,9 @@ import numpy as np
 Z = 1.959964
 """Quantile of the normal distribution: two-sided 95 %."""
 
+LONGEST_LEVEL = 40
+"""Characters of a level that can be a number with a word; anything longer is a text."""
+
 Side = Literal["lower", "higher", "like chance"]
 
 
@@ -143,11 +146,16 @@ def level_numbers(levels: Sequence[str | None]) -> np.ndarray:
     for row, level in enumerate(levels):
         if not level:
             continue
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", level[:200])
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", level) if len(level) <= LONGEST_LEVEL else []
         if len(numbers) != 1:
             return np.full(len(levels), np.nan)
         found[row] = float(numbers[0])
     return found
+
+
+def fixed(value: float, digits: int = 3) -> str:
+    """Write a figure with so many digits, a real minus, and no sign on a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def chance_jaccard(one: int, other: int, pool: int) -> float | None:

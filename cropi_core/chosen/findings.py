@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cropi_core.chosen.contrast import Change, Contrast, Side
+from cropi_core.chosen.contrast import Change, Contrast, Side, fixed
 
 Outcome = Literal[
     "holds", "holds in part", "does not hold", "measures disagree", "cannot be told", "not measured"
@@ -74,8 +74,7 @@ def later_is_harder(changes: Mapping[str, Change | None]) -> Verdict:
     elif "lower" in sides:
         outcome = "does not hold"
     said = [
-        f"{name} {_number(c.before)} → {_number(c.after)}, 95 % of the change "
-        f"{_number(c.low)} to {_number(c.high)}"
+        f"{name} {fixed(c.before)} → {fixed(c.after)}, 95 % of the change {fixed(c.low)} to {fixed(c.high)}"
         for name, c in known.items()
     ]
     return Verdict(finding, outcome, "; ".join(said))
@@ -83,10 +82,6 @@ def later_is_harder(changes: Mapping[str, Change | None]) -> Verdict:
 
 def _beside(stage: int, found: Contrast) -> str:
     return (
-        f"stage {stage}: {_number(found.chosen)} beside {_number(found.pool)}, "
-        f"chance {_number(found.low)} to {_number(found.high)}"
+        f"stage {stage}: {fixed(found.chosen)} beside {fixed(found.pool)}, "
+        f"chance {fixed(found.low)} to {fixed(found.high)}"
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from cropi_core.chosen.contrast import Contrast
+from cropi_core.chosen.contrast import Contrast, fixed
 from cropi_core.chosen.reading import RunChosen, StageChosen, chosen_of
 from cropi_core.report import plots
 from cropi_core.report.data import Artifacts, shown_stages
@@ -116,7 +116,7 @@ def _cell(name: str, found: Contrast | None) -> Cell | None:
         return None
     digits = 3 if name.startswith("alike") else 2  # cosines of gradients are near 0
     values = (found.chosen, found.pool, found.low, found.high)
-    chosen, pool, low, high = (f"{value:.{digits}f}".replace("-", "−") for value in values)
+    chosen, pool, low, high = (fixed(value, digits) for value in values)
     return Cell(chosen, pool, f"{low} to {high}", found.side == "like chance")
 
 

@@ -13,11 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cropi_core.chosen import change, contrast, level_numbers, load_embedder, redundancy, similarity
-from cropi_core.chosen.contrast import Change, Contrast, Z, chance_jaccard
+from cropi_core.chosen.columns import compared_features
+from cropi_core.chosen.contrast import Change, Contrast, Z, chance_jaccard, fixed
 from cropi_core.chosen.findings import later_is_harder, over_stages
 from cropi_core.chosen.likeness import pair_figures, unit
 from cropi_core.chosen.sentences import INSTALL, prompt_text
 from cropi_core.errors import ConfigError
+from cropi_core.gradient_store import GradientStore
 
 values = st.lists(st.integers(-8, 8).map(lambda n: n / 4) | st.just(math.nan), min_size=2, max_size=24)
 
@@ -143,6 +145,7 @@ def test_a_selection_has_not_moved_from_itself_and_going_back_is_the_opposite(
         (["2", "0.5", "-1"], [2, 0.5, -1]),
         (["3", "easy"], [math.nan, math.nan]),
         (["grade 3 of 12"], [math.nan]),
+        (["9" * 400, "3"], [math.nan, math.nan]),
         ([], []),
     ],
 )
@@ -193,6 +196,35 @@ def test_copies_are_redundant_and_a_random_subset_is_like_chance() -> None:
     assert whole["alike"].chosen == pytest.approx(whole["alike"].pool, abs=1e-6)
     assert whole["alike"].side == whole["nearest"].side == "like chance"
     assert redundancy(pool[:1], pool) == {}
+
+
+def test_the_rows_that_are_compared_are_those_of_the_store(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    ids = [f"p{i}" for i in range(50)]
+    features = random.normal(size=(50, 8)).astype(np.float32)
+    status = np.where(np.arange(50) % 5 == 0, 1, 0).astype(np.uint8)
+    store = GradientStore.create(
+        tmp_path / "g.zarr", ids, k=8, dtype="float32", rows_per_shard=16, attributes={}
+    )
+    for shard in range(store.shards):
+        rows = slice(store.shard_rows(shard).start, store.shard_rows(shard).stop)
+        store.write_shard(shard, features[rows], {"status": status[rows]})
+    store.finish()
+    # The pool's order is not the store's, and it has a prompt that the store lacks.
+    pool = [*reversed(ids), "elsewhere"]
+    selected = np.array([name in {"p1", "p5", "p7", "p49", "elsewhere"} for name in pool])
+    ours, theirs = compared_features(GradientStore.open(tmp_path / "g.zarr"), pool, selected, seed=0)
+    assert np.array_equal(ours, features[[1, 7, 49]])  # p5 has no gradient
+    assert np.array_equal(theirs, features[status == 0])
+    monkeypatch.setattr("cropi_core.chosen.columns.MOST_CHOSEN", 2)
+    monkeypatch.setattr("cropi_core.chosen.columns.MOST_POOL", 10)
+    few, some = compared_features(GradientStore.open(tmp_path / "g.zarr"), pool, selected, seed=0)
+    assert (len(few), len(some)) == (2, 10)
+    live = {row.tobytes() for row in features[status == 0]}
+    assert {row.tobytes() for row in few} < {row.tobytes() for row in ours}
+    assert len({row.tobytes() for row in some} & live) == 10
+    monkeypatch.setattr("cropi_core.chosen.columns.MOST_BYTES", 31)  # not even one row
+    assert [len(x) for x in compared_features(store, pool, selected, seed=0)] == [0, 0]
 
 
 # -- the paper's findings ------------------------------------------------------------------------------------
@@ -287,3 +319,7 @@ def test_the_systems_message_is_no_part_of_what_a_prompt_says() -> None:
     system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}
     assert prompt_text([system, asked]) == prompt_text([asked]) == "1 + 1?"
     assert json.dumps(prompt_text([asked, {"role": "assistant", "content": "2"}])) == '"1 + 1?\\n2"'
+
+
+def test_a_zero_has_no_sign_and_a_minus_is_one() -> None:
+    assert [fixed(-0.0001), fixed(-0.25, 2), fixed(1.0005, 1)] == ["0.000", "−0.25", "1.0"]

@@ -19,6 +19,7 @@ pytest.importorskip("trl", reason="training needs the extra `train`")
 
 from markupsafe import escape
 
+from cropi_core.chosen import read_chosen
 from cropi_core.configuration import load_config
 from cropi_core.curriculum import curriculum
 from cropi_core.errors import ArtifactError, ConfigError, StepError
@@ -251,6 +252,32 @@ def test_the_panel_shows_what_was_measured_against_which_limit_and_what_was_done
 
 
 # -- what it must not do -------------------------------------------------------------------------------------
+
+
+def test_the_selected_stand_beside_the_pool(store: Store, finished: RunRecord, page: str) -> None:
+    found = read_chosen(store, finished.run)
+    table = page[page.index('id="beside"') :]
+    for name, label in (("entropy", "entropy of a token, nats"), ("difficulty", "1 − pass rate of the base")):
+        row = re.search(f"<tr[^>]*><th>{label}</th>(.*?)</tr>", table, re.DOTALL)
+        assert row is not None
+        cells = re.findall(r"<td.*?</td>", row[1], re.DOTALL)
+        for cell, one in zip(cells, found.stages, strict=True):
+            figure = one.figures[name]
+            assert f">{figure.chosen:.2f}</span>" in cell
+            assert f"pool {figure.pool:.2f}, chance" in cell
+            assert ("unclear" in cell) == (figure.side == "like chance")
+    for said in [verdict.sentence for verdict in found.verdicts] + found.notes:
+        assert str(escape(said)) in page
+
+
+def test_without_the_embedding_the_page_says_what_to_install(
+    store: Store, finished: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi_core.chosen.sentences.PACKAGE", "not_there_at_all")
+    page = write_report(store, finished.run, tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "pip install &#34;cropi[analysis]&#34;" in page
+    assert "they are closer to the validation sets: not measured" in page
+    assert "entropy of a token, nats" in page
 
 
 def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from core.bucket import new_bucket, objects
 
+from cropi_core.chosen import read_chosen
 from cropi_core.objects import Objects
+from cropi_core.report import write_report
 from cropi_core.runs import load_run
 from cropi_core.store import Store
 from tests.e2e.tiny import computed, digests, go, settings, tiny
@@ -63,6 +65,18 @@ def test_another_machine_finds_everything_and_fetches_little(first, url, machine
         for path in (Store(url).root / kind).glob("*")
     }
     assert held == set(), "only prompts are read when everything is there"
+
+
+def test_a_report_elsewhere_fetches_no_gradients_and_says_so(first, url, machines, monkeypatch):
+    """They are the largest artifacts; the command that asks for them fetches them."""
+    monkeypatch.setenv("CROPI_CACHE", machines("reporter")["CROPI_CACHE"])
+    store = Store(url)
+    page = write_report(store, first.run).read_text(encoding="utf-8")
+    assert list((store.root / "gradients").glob("*")) == []
+    assert "gradients/pool@1 is not on this machine" in page
+    assert "pass rate" in page
+    assert "entropy" in read_chosen(store, first.run).stages[0].figures
+    assert len(list((store.root / "gradients").glob("*"))) == 2
 
 
 def test_another_machine_goes_on_with_another_selection(first, url, machines, monkeypatch):
