@@ -13,7 +13,7 @@ from cropi_core.chosen.sentences import Embed, prompt_text
 from cropi_core.errors import ArtifactError
 from cropi_core.gradient_store import GradientStore
 from cropi_core.groups import OK
-from cropi_core.report.data import Artifacts
+from cropi_core.run_artifacts import Artifacts
 from cropi_core.step_functions import GRADIENTS, PROMPTS_FILE, ROLLOUTS
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them

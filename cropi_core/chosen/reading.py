@@ -16,8 +16,7 @@ from cropi_core.chosen.findings import Verdict, later_is_harder, over_stages
 from cropi_core.chosen.likeness import redundancy
 from cropi_core.chosen.sentences import Embed, load_embedder
 from cropi_core.errors import ConfigError, SelectionError
-from cropi_core.report.data import Artifacts
-from cropi_core.report.stages import Pool, read_pool
+from cropi_core.run_artifacts import Artifacts, Pool, read_pool
 from cropi_core.runs import load_run
 from cropi_core.selection_diff import SelectionDiff, compare_selections
 from cropi_core.step_functions import SELECTION_FILE

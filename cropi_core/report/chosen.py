@@ -7,8 +7,9 @@ from markupsafe import Markup
 from cropi_core.chosen.contrast import Contrast, fixed
 from cropi_core.chosen.reading import RunChosen, StageChosen, chosen_of
 from cropi_core.report import plots
-from cropi_core.report.data import Artifacts, shown_stages
+from cropi_core.report.data import shown_stages
 from cropi_core.report.text import number, percent
+from cropi_core.run_artifacts import Artifacts
 
 LABELS = {
     "entropy": "entropy of a token, nats",

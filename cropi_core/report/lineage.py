@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from cropi_core.report.data import Artifacts
 from cropi_core.report.text import visible
+from cropi_core.run_artifacts import Artifacts
 from data_schemas.manifest import Manifest
 
 

@@ -12,7 +12,6 @@ from cropi_core.card import card
 from cropi_core.report import plots, text
 from cropi_core.report.chosen import section
 from cropi_core.report.data import (
-    Artifacts,
     Curve,
     Trained,
     accuracy_curves,
@@ -26,18 +25,17 @@ from cropi_core.report.data import (
 from cropi_core.report.lineage import provenance, run_slots, tree
 from cropi_core.report.prompts import Example, examples
 from cropi_core.report.stages import (
-    Pool,
     Share,
     StageChoice,
     overlap,
     pass_rate_bins,
     rank_correlation,
     read_choice,
-    read_pool,
     shares,
     status_counts,
 )
 from cropi_core.report.trust import panel
+from cropi_core.run_artifacts import Artifacts, Pool, read_pool
 from cropi_core.store import Store
 from data_schemas.config import Config
 from data_schemas.manifest import RunRecord

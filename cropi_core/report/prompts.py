@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as ds
 
-from cropi_core.report.data import Artifacts
-from cropi_core.report.stages import Pool, StageChoice
+from cropi_core.report.stages import StageChoice
+from cropi_core.run_artifacts import Artifacts, Pool
 from cropi_core.step_functions import PROMPTS_FILE, ROLLOUTS
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cropi_core.report.data import Artifacts
-from cropi_core.step_functions import PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
+from cropi_core.run_artifacts import Artifacts, Pool
+from cropi_core.step_functions import ROLLOUTS, SCORES_FILE, SELECTION_FILE
 from data_schemas.arrow import SCORE_FIXED, SELECTION, STATUSES
 
 MOST_GROUPS = 24
@@ -33,20 +33,6 @@ class Share:
     def enrichment(self) -> float | None:
         """How many times more frequent it is in the selection than in the pool."""
         return self.selected_share / self.pool_share if self.pool_share else None
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The pool's prompts, in its order."""
-
-    ids: list[str]
-    sources: list[str]
-    levels: list[str]
-
-    @property
-    def has_levels(self) -> bool:
-        """Whether any prompt has a level."""
-        return any(self.levels)
 
 
 @dataclass(frozen=True)
@@ -81,15 +67,6 @@ class StageChoice:
     def has_scores(self) -> bool:
         """Whether any prompt was scored."""
         return bool((~np.isnan(self.score)).any())
-
-
-def read_pool(artifacts: Artifacts) -> Pool | None:
-    """Read the pool's ids, sources and levels; None if it is not there."""
-    table = artifacts.table("prompts/pool", PROMPTS_FILE, ["prompt_id", "source", "level"])
-    if table is None:
-        return None
-    levels = [level or "" for level in table["level"].to_pylist()]
-    return Pool(table["prompt_id"].to_pylist(), table["source"].to_pylist(), levels)
 
 
 def read_choice(artifacts: Artifacts, pool: Pool, stage: int) -> StageChoice | None:

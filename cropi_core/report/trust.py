@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cropi_core.checks import FIGURES, limit_of, number, shown, title
-from cropi_core.report.data import Artifacts, shown_stages
+from cropi_core.report.data import shown_stages
+from cropi_core.run_artifacts import Artifacts
 from data_schemas.manifest import StageCheck
 
 DONE = {

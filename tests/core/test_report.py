@@ -24,10 +24,10 @@ from cropi_core.configuration import load_config
 from cropi_core.curriculum import curriculum
 from cropi_core.errors import ArtifactError, ConfigError, StepError
 from cropi_core.report import text, write_report
-from cropi_core.report.data import Artifacts
 from cropi_core.report.plots import spread
 from cropi_core.report.prompts import examples
-from cropi_core.report.stages import overlap, read_choice, read_pool, shares
+from cropi_core.report.stages import overlap, read_choice, shares
+from cropi_core.run_artifacts import Artifacts, read_pool
 from cropi_core.runs import load_run, run_id, save_run
 from cropi_core.step_functions import PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
 from cropi_core.steps import StepResult, publish_import, run_step

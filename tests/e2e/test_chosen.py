@@ -13,7 +13,7 @@ pytest.importorskip("wordllama", reason="sentence embeddings need the extra `ana
 from cropi_core.chosen import read_chosen
 from cropi_core.cli import app
 from cropi_core.gradient_store import GradientStore
-from cropi_core.report.data import Artifacts
+from cropi_core.run_artifacts import Artifacts
 from cropi_core.runs import load_run, save_run
 from cropi_core.selection_diff import selection_diff
 from cropi_core.steps import publish_import
