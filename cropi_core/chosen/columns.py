@@ -1,5 +1,6 @@
 """The columns that say something about a pool's prompts, read from a run's artifacts in the order of the pool."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,16 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from cropi_core.chosen.likeness import similarity
 from cropi_core.chosen.sentences import Embed, prompt_text
-from cropi_core.errors import ArtifactError
 from cropi_core.gradient_store import GradientStore
 from cropi_core.groups import OK
 from cropi_core.run_artifacts import Artifacts
 from cropi_core.step_functions import GRADIENTS, PROMPTS_FILE, ROLLOUTS
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them
+BATCH = 4096
 MOST_CHOSEN = 256
 MOST_POOL = 1024
 MOST_BYTES = 256 << 20
@@ -66,18 +68,18 @@ def open_gradients(artifacts: Artifacts, slot: str, fetch: bool) -> GradientStor
         artifacts: Of the run.
         slot: Its place.
         fetch: Copy them here where only an object store has them; they are the largest of all artifacts.
+
+    Returns:
+        None where they are not on this machine, or files of theirs are missing.
+
+    Raises:
+        ArtifactError: They are damaged.
     """
     manifest, store = artifacts.manifest(slot), artifacts.store
     if manifest is None or (not fetch and store.remote is not None and not store.path(manifest.ref).exists()):
         return None
     path = artifacts.path(slot, GRADIENTS)
-    if path is None:
-        return None
-    try:
-        return GradientStore.open(path)
-    except ArtifactError as error:
-        artifacts.problem(slot, error)
-        return None
+    return None if path is None else GradientStore.open(path)
 
 
 def entropy_of(gradients: GradientStore, ids: list[str]) -> np.ndarray:
@@ -122,17 +124,31 @@ def compared_features(
 def similarities(
     artifacts: Artifacts, embed: Embed, ids: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return mean and largest cosine of every prompt of the pool with each validation set, by its name."""
-    pool = _texts(artifacts, "prompts/pool")
-    if pool is None:
-        return {}
-    vectors = embed(pool[1])
-    found = {}
-    for name in artifacts.config.data.validation:
-        if (texts := _texts(artifacts, f"prompts/{name}")) is not None:
-            mean, nearest = similarity(vectors, embed(texts[1]))
-            found[name] = (in_order(ids, pool[0], mean), in_order(ids, pool[0], nearest))
-    return found
+    """Return mean and largest cosine of every prompt of the pool with each validation set, by its name.
+
+    The pool's texts are read and embedded in batches, and never in memory at once.
+    """
+    sets = {name: list(_texts(artifacts, f"prompts/{name}")) for name in artifacts.config.data.validation}
+    targets = {
+        name: np.concatenate([embed(texts) for _, texts in batches])
+        for name, batches in sets.items()
+        if batches
+    }
+    names: list[str] = []
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in targets}
+    for batch, texts in _texts(artifacts, "prompts/pool") if targets else ():
+        vectors = embed(texts)
+        names += batch
+        for name, parts in found.items():
+            parts.append(similarity(vectors, targets[name]))
+    return {
+        name: (
+            in_order(ids, names, np.concatenate([mean for mean, _ in parts])),
+            in_order(ids, names, np.concatenate([nearest for _, nearest in parts])),
+        )
+        for name, parts in found.items()
+        if parts
+    }
 
 
 @dataclass(frozen=True)
@@ -156,13 +172,21 @@ def base_pass_rate(artifacts: Artifacts, ids: list[str]) -> Base | None:
     return Base(trajectories(artifacts, slot, ids)[0], own)
 
 
-def _texts(artifacts: Artifacts, slot: str) -> tuple[list[str], list[str]] | None:
-    table = artifacts.table(slot, PROMPTS_FILE, ["prompt_id", "messages"])
-    if table is None:
-        return None
-    return table["prompt_id"].to_pylist(), [
-        prompt_text(messages) for messages in table["messages"].to_pylist()
-    ]
+def _texts(artifacts: Artifacts, slot: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Give ids and texts of a set of prompts, batch by batch."""
+    path = artifacts.path(slot, PROMPTS_FILE)
+    if path is None:
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            if lacking := sorted({"prompt_id", "messages"} - set(file.schema_arrow.names)):
+                artifacts.problem(slot, f"{path.name} lacks the columns {', '.join(lacking)}")
+                return
+            for batch in file.iter_batches(BATCH, columns=["prompt_id", "messages"]):
+                names, said = batch["prompt_id"].to_pylist(), batch["messages"].to_pylist()
+                yield names, [prompt_text(messages) for messages in said]
+    except (pa.ArrowInvalid, OSError) as error:
+        artifacts.problem(slot, f"prompts cannot be read: {error}")
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:

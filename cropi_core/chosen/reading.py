@@ -15,7 +15,7 @@ from cropi_core.chosen.contrast import Change, Contrast, chance_jaccard, change,
 from cropi_core.chosen.findings import Verdict, later_is_harder, over_stages
 from cropi_core.chosen.likeness import redundancy
 from cropi_core.chosen.sentences import Embed, load_embedder
-from cropi_core.errors import ConfigError, SelectionError
+from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.run_artifacts import Artifacts, Pool, read_pool
 from cropi_core.runs import load_run
 from cropi_core.selection_diff import SelectionDiff, compare_selections
@@ -160,27 +160,34 @@ class Reader:
     def of_stage(self, stage: int, selected: np.ndarray) -> dict[str, Contrast]:
         """Compare a stage's selection with the pool, figure by figure."""
         values: dict[str, np.ndarray] = {}
-        gradients = None
-        if (slot := self.artifacts.latest("gradients/pool", stage)) is not None:
-            gradients = columns.open_gradients(self.artifacts, slot, self.fetch)
-            if gradients is None:
-                self.note(f"{slot} is not on this machine or cannot be read: no entropy and no redundancy")
-            else:
-                values["entropy"] = columns.entropy_of(gradients, self.pool.ids)
         if (slot := self.artifacts.latest("rollouts/pool", stage)) is not None:
             if slot not in self._trajectories:
                 self._trajectories[slot] = columns.trajectories(self.artifacts, slot, self.pool.ids)
             values["pass_rate"], values["length"] = self._trajectories[slot]
         compared = {name: contrast(of, selected) for name, of in (values | self.fixed).items()}
         found = {name: one for name, one in compared.items() if one is not None}
-        if gradients is not None:
-            seed = self.artifacts.config.seed
+        return self._of_gradients(stage, selected) | found
+
+    def _of_gradients(self, stage: int, selected: np.ndarray) -> dict[str, Contrast]:
+        """Compare entropies and cosines; empty where the stage has no gradients that can be read."""
+        slot, seed = self.artifacts.latest("gradients/pool", stage), self.artifacts.config.seed
+        if slot is None:
+            return {}
+        try:
+            gradients = columns.open_gradients(self.artifacts, slot, self.fetch)
+            if gradients is None:
+                self.note(f"{slot} is not on this machine or cannot be read: no entropy and no redundancy")
+                return {}
+            entropy = contrast(columns.entropy_of(gradients, self.pool.ids), selected)
             ours, theirs = columns.compared_features(gradients, self.pool.ids, selected, seed)
-            alike = redundancy(ours, theirs, seed=seed)
-            found |= {
-                {"alike": "alike", "nearest": "alike_nearest"}[name]: one for name, one in alike.items()
-            }
-        return found
+        except ArtifactError as error:
+            self.artifacts.problem(slot, error)
+            return {}
+        found = {} if entropy is None else {"entropy": entropy}
+        alike = redundancy(ours, theirs, seed=seed)
+        return found | {
+            {"alike": "alike", "nearest": "alike_nearest"}[name]: one for name, one in alike.items()
+        }
 
     def _similar(self, embed: Embed | None) -> None:
         try:

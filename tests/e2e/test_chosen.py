@@ -120,6 +120,14 @@ def test_another_embedding_takes_the_place_of_the_default(reference):
     assert (figure.pool, figure.chosen, figure.side) == (pytest.approx(1), pytest.approx(1), "like chance")
 
 
+def test_texts_in_batches_are_as_near_as_all_at_once(reference, found, monkeypatch):
+    monkeypatch.setattr("cropi_core.chosen.columns.BATCH", 3)
+    again = read_chosen(Store(reference[0]), reference[1].run)
+    for one, other in zip(found.stages, again.stages, strict=True):
+        for name in ("similarity:goal", "nearest:goal"):
+            assert vars(other.figures[name]) == pytest.approx(vars(one.figures[name]), abs=1e-6)
+
+
 def test_a_stage_that_took_what_is_surest_has_lower_entropy(own_copy):
     root, record = own_copy
     store = Store(root)
@@ -158,3 +166,17 @@ def test_what_is_missing_is_a_note_and_no_error(own_copy, monkeypatch):
     save_run(store, before)
     assert read_chosen(store, "begun").stages == []
     assert Artifacts(store, load_run(store, "begun")).problems == []
+
+
+def test_damaged_gradients_are_a_problem_and_the_rest_is_there(own_copy):
+    """Sizes and names are as they were, so that only reading finds it."""
+    root, record = own_copy
+    store = Store(root)
+    shards = store.path(record.slots["gradients/pool@1"].ref) / "gradients.zarr" / "features" / "c"
+    for file in (path for path in shards.rglob("0") if path.is_file()):
+        file.write_bytes(bytes(b ^ 0x55 for b in file.read_bytes()))
+    found = read_chosen(store, record.run)
+    assert any(note.startswith("gradients/pool@1: ") and "is damaged" in note for note in found.notes)
+    assert "alike" not in found.stages[0].figures
+    assert "pass_rate" in found.stages[0].figures
+    assert "alike" in found.stages[1].figures
