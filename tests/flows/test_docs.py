@@ -58,6 +58,7 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study acceleration": "hours; tests/flows/test_study.py runs small ones",
     "cropi study acceleration --root /data/study --write docs/evidence.md": "hours",
     "cropi study acceleration --root /data/study --tabulate": "hours",
+    "cropi study gym-smollm2 --root /data/gym --write docs/gym-smollm2.md": "a checkpoint of a hub, vLLM and an hour",
     "python benchmarks/acceleration.py --root /data/study": "hours",
     "cropi study remedies --root /data/study --write docs/evidence.md": "hours",
     "make vllm": "CI runs it from a clean checkout",
