@@ -6,11 +6,13 @@
     )
 
 Reads gradient stores, never the model: another metric, target or fusion costs one pass over the pool's
-features. Memory is a block of features and a few numbers a prompt, whatever the size of the pool.
+features. Memory is a block of features and a few numbers a prompt, whatever the size of the pool; with target
+``nearest`` the features of the validation sets too.
 
 References:
-    CROPI, arXiv 2510.26491: the influence of a prompt on a validation set is the cosine of their gradients
-    (POPI); the orders of several sets are fused by reciprocal rank.
+    CROPI, arXiv 2510.26491: the influence of a prompt on a validation set is the cosine of its gradient with the set's
+    mean gradient (POPI), here target ``mean``; the orders of several sets are fused by reciprocal rank. Why the
+    default is ``nearest``: docs/decisions.md and docs/evidence.md.
 """
 
 import json
@@ -95,12 +97,8 @@ def score(
     goals = np.stack([set_targets(name, stores[name], settings, seed) for name in names])  # (V, 3, k)
     sizes = [int((stores[name].column("status") == 0).sum()) for name in names]
     if settings.target == "nearest":
-        prompts = [_members(stores[name], seed) for name in names]
-        sets = [
-            (_rows(stores[name], all_[:, 0]), all_[all_[:, 0], 1:])
-            for name, all_ in zip(names, prompts, strict=True)
-        ]
-        similar = stream_nearest(pool, sets, settings.nearest, settings.metric, report, threads)[ok]
+        prompts = [_prompts(stores[name], seed) for name in names]
+        similar = stream_nearest(pool, prompts, settings.nearest, settings.metric, report, threads)[ok]
     else:
         similar = stream_similarities(pool, goals, sizes, settings.metric, report, threads)[ok]
     ids = pool.column("prompt_id")
@@ -217,9 +215,12 @@ def _members(store: GradientStore, seed: int) -> np.ndarray:
     return members
 
 
-def _rows(store: GradientStore, members: np.ndarray) -> np.ndarray:
-    """Read the features of some prompts, ``(members, k)``."""
-    return np.concatenate([block[members[rows]] for rows, block in store.blocks()])
+def _prompts(store: GradientStore, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read ``(m, k)``, the features of the prompts with a gradient, and ``(m, 2)`` bool, which half each belongs to."""
+    members = _members(store, seed)
+    live = members[:, 0]
+    features = np.concatenate([block[live[rows]] for rows, block in store.blocks()])
+    return features, members[live, 1:]
 
 
 def check_comparable(train: GradientStore, validation: GradientStore) -> None:
