@@ -212,6 +212,9 @@ def test_a_server_that_dies_ends_the_command_and_the_run(tmp_path: Path):
         os.kill(server, signal.SIGKILL)
         assert served.process.wait(150) == 1
         assert "error: Prefect's server ended (exit -9): see" in served.out.read_text()
+        limit = time.monotonic() + 30  # a child sees that its parent is gone a moment later
+        while servers_of(served.root) and time.monotonic() < limit:
+            time.sleep(0.2)
         assert servers_of(served.root) == []
     finally:
         if served.process.poll() is None:
