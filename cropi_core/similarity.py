@@ -11,7 +11,7 @@ References:
     CROPI, arXiv 2510.26491: POPI(x, v) = cos(φ(x), φ_v).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -136,11 +136,7 @@ def stream_similarities(
         mix[v, :, v] = [[(size + 1) // 2 / size, size // 2 / size], [1, 0], [0, 1]]
     halves = goals[:, 1:].reshape(-1, pool.k)
     compare = Comparison(halves, metric, mix.reshape(-1, len(halves)))
-    similar = np.empty((pool.n, len(goals), 3), dtype=np.float32)
-    for rows, part in pool.map_blocks(compare, threads=threads):
-        similar[rows] = part.reshape(-1, len(goals), 3)
-        report(Progress(rows.stop, pool.n, "prompts"))
-    return similar
+    return _stream(pool, compare, len(goals), report, threads)
 
 
 def stream_nearest(
@@ -178,9 +174,20 @@ def stream_nearest(
                 found[:, v, 1 + half] = mean_of_largest(similar[:, halves[:, half]], count)
         return found
 
-    similar = np.empty((pool.n, len(sets), 3), dtype=np.float32)
-    for rows, part in pool.map_blocks(nearest, threads=threads):
-        similar[rows] = part
+    return _stream(pool, nearest, len(sets), report, threads)
+
+
+def _stream(
+    pool: GradientStore,
+    compare: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    sets: int,
+    report: Report,
+    threads: int | None,
+) -> np.ndarray:
+    """Compare block after block, and collect ``(n, sets, 3)`` float32."""
+    similar = np.empty((pool.n, sets, 3), dtype=np.float32)
+    for rows, part in pool.map_blocks(compare, threads=threads):
+        similar[rows] = part.reshape(-1, sets, 3)
         report(Progress(rows.stop, pool.n, "prompts"))
     return similar
 
