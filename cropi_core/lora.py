@@ -86,6 +86,8 @@ def save_adapter(model: Any, state: Mapping[str, Any], out: Path) -> None:
     (out / "README.md").unlink(missing_ok=True)
     path = out / FILES[0]
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    if isinstance(config["target_modules"], list):  # a set, in an order of this process
+        config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
