@@ -25,8 +25,8 @@ class StageFacts:
         stage: Counted from 1.
         selected: Prompts chosen, by source.
         of_targets: Share of them that is of the families of the validation sets; None outside the embedded world.
-        agreement: Cosine of the targets of two halves of a validation set, of the set where it is least; None where
-            the stage has no scores.
+        checked: Figures of :data:`cropi_core.checks.FIGURES` by name, as the stage's selection was made on them; empty
+            where it read no scores of its own.
         reward_first: Mean reward of the completions drawn in the stage's first quarter.
         reward_last: The same in its last quarter.
         dead_groups: Share of groups with one reward in the last quarter: they teach nothing.
@@ -35,7 +35,7 @@ class StageFacts:
     stage: int
     selected: dict[str, int]
     of_targets: float | None
-    agreement: float | None
+    checked: dict[str, float | None]
     reward_first: float | None
     reward_last: float | None
     dead_groups: float | None
@@ -52,7 +52,7 @@ def stage_facts(stage: int, config: Config, record: RunRecord, store: Store) -> 
         stage=stage,
         selected=selected,
         of_targets=_share(selected, wanted) if wanted else None,
-        agreement=_agreement(f"scores@{stage}", record, store),
+        checked=_checked(stage, record),
         reward_first=summary["first_quarter_reward"],
         reward_last=summary["last_quarter_reward"],
         dead_groups=dead_groups(
@@ -86,9 +86,7 @@ def _share(selected: dict[str, int], wanted: set[str]) -> float:
     return sum(n for name, n in selected.items() if name in wanted) / max(1, sum(selected.values()))
 
 
-def _agreement(slot: str, record: RunRecord, store: Store) -> float | None:
-    if slot not in record.slots:
-        return None
-    sets = store.manifest(record.slots[slot].ref).summary["sets"].values()
-    found = [s["split_half_cosine"] for s in sets if s["split_half_cosine"] is not None]
-    return min(found, default=None)
+def _checked(stage: int, record: RunRecord) -> dict[str, float | None]:
+    """Return the figures of a stage's last check: after a refresh there are two."""
+    checks = [check for check in record.checks if check.stage == stage]
+    return {found.figure: found.value for found in checks[-1].findings} if checks else {}

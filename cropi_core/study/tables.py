@@ -10,12 +10,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from cropi_core.checks import FIGURES
 from cropi_core.study.compare import ALL, ArmResult, Estimate
 from cropi_core.study.measure import Curve
 from cropi_core.study.stages import StageFacts, mean_known
 from data_schemas.study import Study
 
 Grid = tuple[list[str], list[list[str]]]
+
+CHECKED = [
+    figure
+    for figure in FIGURES
+    if figure.name in ("kl", "target_agreement", "top_agreement", "spot_correlation", "spot_overlap")
+]
+"""Figures of a stage's check that are laid out, where they are known."""
 
 POINTS = pa.schema(
     [
@@ -161,9 +169,10 @@ def cost_grid(curves: Sequence[Curve]) -> Grid:
 
 
 def stages_grid(study: Study, curves: Sequence[Curve]) -> Grid:
-    """Lay out, by world, arm and stage, what was chosen and used up: means over seeds."""
-    header = ["world", "arm", "stage", "seeds", "of the target families", "halves of the target agree"]
-    header += ["reward, first quarter", "reward, last quarter", "groups with one reward, last quarter"]
+    """Lay out, by world, arm and stage, what was chosen, known and used up: means over seeds.
+
+    A figure of the stages' checks that no stage has, such as those of a spot check, has no column.
+    """
     groups: dict[tuple[str, str, int], list[StageFacts]] = {}
     for curve in curves:
         for facts in curve.stages:
@@ -171,18 +180,31 @@ def stages_grid(study: Study, curves: Sequence[Curve]) -> Grid:
     ordered = sorted(
         groups, key=lambda g: (list(study.worlds).index(g[0]), list(study.arms).index(g[1]), g[2])
     )
+    shown = [
+        f for f in CHECKED if any(facts.checked.get(f.name) is not None for c in curves for facts in c.stages)
+    ]
+    header = ["world", "arm", "stage", "seeds", "of the target families", *[figure.label for figure in shown]]
+    header += ["reward, first quarter", "reward, last quarter", "groups with one reward, last quarter"]
     rows = []
     for world, arm, stage in ordered:
         found = groups[world, arm, stage]
-        agreement = mean_known([f.agreement for f in found])
-        shares = [
-            mean_known([getattr(f, name) for f in found])
+        checked = [
+            _figure(mean_known([f.checked.get(figure.name) for f in found]), figure.percent)
+            for figure in shown
+        ]
+        first, *rest = [
+            _figure(mean_known([getattr(f, name) for f in found]), percent=True)
             for name in ("of_targets", "reward_first", "reward_last", "dead_groups")
         ]
-        cells = ["–" if value is None else f"{100 * value:.0f} %" for value in shares]
-        cells.insert(1, "–" if agreement is None else f"{agreement:.2f}".replace("-", "−"))
-        rows.append([world, arm, str(stage), str(len(found)), *cells])
+        rows.append([world, arm, str(stage), str(len(found)), first, *checked, *rest])
     return header, rows
+
+
+def _figure(value: float | None, percent: bool) -> str:
+    """Write a share or a plain number."""
+    if value is None:
+        return "–"
+    return (f"{100 * value:.0f} %" if percent else f"{value:.2f}").replace("-", "−")
 
 
 def shown_steps(steps: Sequence[int], most: int) -> list[int]:

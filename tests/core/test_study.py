@@ -102,7 +102,9 @@ def test_every_shipped_study_is_whole(path):
             # What judges is the same for all: prompts, samples and seed of every evaluation.
             assert reference.config.data.test == arm.config.data.test
             assert reference.config.evaluation == arm.config.evaluation
-            trained = {"steps"} if reference.config.training.steps != arm.config.training.steps else set()
+            # second_moments says what is kept, not how it is trained.
+            trained = {"second_moments"}
+            trained |= {"steps"} if reference.config.training.steps != arm.config.training.steps else set()
             assert reference.config.training.model_dump(exclude=trained) == arm.config.training.model_dump(
                 exclude=trained
             )
@@ -267,9 +269,15 @@ def test_a_stage_says_what_it_chose_and_used_up(ran):
             )
             chosen = [row["prompt_id"] for row in table.to_pylist() if row["selected"]]
             assert facts.of_targets == sum(name.startswith("reverse") for name in chosen) / len(chosen)
-            assert (facts.agreement is None) == (f"scores@{facts.stage}" not in record.slots)
+            assert bool(facts.checked) == (f"scores@{facts.stage}" in record.slots)
+            if facts.checked:
+                manifest = store.manifest(record.slots[f"scores@{facts.stage}"].ref)
+                halves = manifest.summary["sets"]["goal"]["split_half_cosine"]
+                assert facts.checked["target_agreement"] == halves
             assert 0 <= facts.dead_groups <= 1
-    _, rows = tables.stages_grid(plan, curves_of(plan, store))
+    header, rows = tables.stages_grid(plan, curves_of(plan, store))
+    assert "halves: cosine of the targets" in header
+    assert not any("spot check" in name for name in header)  # nobody asked for one
     assert [row[:3] for row in rows] == [["one", arm, stage] for arm in plan.arms for stage in ("1", "2")]
     assert dead_groups([0.0, 1.0, 0.5, None]) is None
     assert dead_groups([0.0, 0.0, 0.25]) == 0.25
