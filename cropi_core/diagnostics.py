@@ -29,7 +29,7 @@ from cropi_core.errors import DataError
 from cropi_core.fusion import fuse, order, tie_keys
 from cropi_core.prompts import read_prompts
 from cropi_core.selection import subset_size
-from cropi_core.tables import read_parquet
+from cropi_core.tables import places, read_parquet
 from data_schemas.arrow import SCORE_FIXED
 from data_schemas.config import Scores
 
@@ -124,11 +124,11 @@ def _aligned(scores: Path, spot: Path) -> tuple[list[str], pa.Table, pa.Table]:
     names = [name for name in before.column_names if name not in SCORE_FIXED]
     if sorted(names) != sorted(name for name in after.column_names if name not in SCORE_FIXED):
         raise DataError(f"{scores} and {spot} are of other validation sets; score both against the same")
-    place = {prompt_id: row for row, prompt_id in enumerate(before["prompt_id"].to_pylist())}
     ids = after["prompt_id"].to_pylist()
-    if unknown := [i for i in ids if i not in place]:
+    rows = places(ids, before["prompt_id"].to_pylist())
+    if unknown := [i for i, row in zip(ids, rows, strict=True) if row < 0]:
         raise DataError(f"{spot} has {len(unknown)} prompts that {scores} lacks, such as {unknown[0]!r}")
-    return names, before.take(pa.array([place[i] for i in ids], pa.int64())), after
+    return names, before.take(rows), after
 
 
 def agreement(before: np.ndarray, after: np.ndarray, keys: np.ndarray, ratio: float) -> dict[str, Any]:

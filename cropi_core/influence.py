@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.fusion import best, fuse, remember, standardise, tie_keys
@@ -30,7 +29,7 @@ from cropi_core.gradient_store import GradientStore
 from cropi_core.progress import Report, silent
 from cropi_core.shard_reader import in_order, threads_here
 from cropi_core.similarity import nonzero, stream_nearest, stream_similarities
-from cropi_core.tables import write_parquet
+from cropi_core.tables import places, read_parquet, write_parquet
 from data_schemas.arrow import SCORE_FIXED, STATUSES, scores_schema
 from data_schemas.config import Scores
 
@@ -135,7 +134,7 @@ def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) ->
         ConfigError: It has other validation sets.
         ArtifactError: It lacks prompts, so it is of another pool.
     """
-    table = pq.read_table(previous)
+    table = read_parquet(previous)
     found = [name for name in table.column_names if name not in SCORE_FIXED]
     if sorted(found) != sorted(names):
         raise ConfigError(
@@ -148,12 +147,12 @@ def _earlier(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) ->
     if not recipe["settings"].get("memory"):  # of the first stage: similarities as they are
         columns[known] = standardise(columns[known])
     columns[~known] = 0
-    place = {prompt_id: row for row, prompt_id in enumerate(table["prompt_id"].to_pylist())}
-    if missing := [one for one in prompt_ids if one not in place]:
+    rows = places(prompt_ids, table["prompt_id"].to_pylist())
+    if missing := [one for one, row in zip(prompt_ids, rows, strict=True) if row < 0]:
         raise ArtifactError(
             f"{previous} lacks {len(missing)} prompts of this pool, such as {missing[0]!r}: it is of another pool"
         )
-    return columns[[place[one] for one in prompt_ids]]
+    return columns[rows]
 
 
 def target(blocks: Iterable[tuple[slice, np.ndarray]], members: np.ndarray, kind: str) -> np.ndarray:

@@ -11,9 +11,11 @@ import gzip
 import io
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -203,6 +205,12 @@ def read_parquet(path: Path) -> pa.Table:
             return file.read()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def places(wanted: Sequence[str], found: Sequence[str]) -> np.ndarray:
+    """Return where each id of ``wanted`` stands in ``found``: ``(n,)`` int64, -1 for one that is not there."""
+    place = {one: row for row, one in enumerate(found)}
+    return np.array([place.get(one, -1) for one in wanted], dtype=np.int64)
 
 
 def write_parquet(table: pa.Table, path: Path, row_group_size: int | None = None) -> None:

@@ -16,6 +16,7 @@ from cropi_core.gradient_store import GradientStore
 from cropi_core.groups import OK
 from cropi_core.run_artifacts import Artifacts
 from cropi_core.step_functions import GRADIENTS, PROMPTS_FILE, ROLLOUTS
+from cropi_core.tables import places
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them
 BATCH = 4096
@@ -27,9 +28,7 @@ MOST_BYTES = 256 << 20
 
 def in_order(ids: list[str], names: list[str], values: np.ndarray) -> np.ndarray:
     """Return values in the order of ``ids``, float64, NaN for those that ``names`` lacks."""
-    rows = {name: row for row, name in enumerate(names)}
-    place = np.array([rows.get(name, -1) for name in ids], dtype=np.int64)
-    return np.append(values.astype(np.float64), np.nan)[place]
+    return np.append(values.astype(np.float64), np.nan)[places(ids, names)]  # of -1 the last: NaN
 
 
 def trajectories(artifacts: Artifacts, slot: str, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
