@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from cropi_core import cli_artifacts, cli_chosen, cli_plan, cli_steps
+from cropi_core import cli_artifacts, cli_chosen, cli_exchange, cli_plan, cli_steps
 from cropi_core.cli_output import DEFAULT_ROOT, AsJson, Root, print_json, print_table
 from cropi_core.errors import CropiError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 cli_steps.add_to(app)
 app.command()(cli_plan.plan)
 app.command()(cli_chosen.chosen)
+cli_exchange.add_to(cli_artifacts.app)
 app.add_typer(cli_artifacts.app, name="artifacts")
 
 

@@ -21,6 +21,7 @@ Root = Annotated[
         show_default=True,
     ),
 ]
+Key = Annotated[str, typer.Argument(help="A key, the beginning of one, or a tag.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
