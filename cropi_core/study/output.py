@@ -18,7 +18,7 @@ from cropi_core.report.page import environment
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, ArmResult, compare, headline
 from cropi_core.study.measure import FORWARD_AND_BACKWARD, Curve
-from cropi_core.study.plots import arms_png, arms_svg
+from cropi_core.study.plots import MOST_LINES, arms_svg, distances_svg, study_png
 from cropi_core.tables import write_parquet
 from data_schemas.study import Study
 
@@ -75,7 +75,7 @@ def write_study(
     figures = {"study": study.name, "curricula": {"planned": planned, "done": len(curves)}}
     _json(files["headline"], figures | headline(study, results))
     write_atomic(files["page"], page(study, curves, results, failures, planned))
-    files["picture"].write_bytes(arms_png(study, results))
+    files["picture"].write_bytes(study_png(study, results))
     write_atomic(files["markdown"], markdown(study, curves, results, failures, planned))
     return files
 
@@ -146,6 +146,7 @@ def page(
             done=len(curves),
             failures=failures,
             figures=figures,
+            distances=Markup(distances_svg(study, results)),  # noqa: S704 - matplotlib escapes
             rules=RULES,
             speed=tables.speed_grid(study, results),
             targets=tables.accuracy_grid(results, "targets"),
@@ -177,10 +178,12 @@ def markdown(
             tables.cost_grid(curves),
         ),
     )
+    lines = len(study.arms) <= MOST_LINES
     parts = [
         "<!-- written by the study, not by hand -->",
         f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
-        "![accuracy on the targets by optimizer step](accuracy.png)",
+        f"![{'accuracy on the targets by optimizer step' if lines else f'distance of every arm from {study.subject}'}]"
+        "(accuracy.png)",
         f"### Steps and cost to the accuracy that {study.reference} has at its end",
         *RULES,
         tables.markdown(tables.speed_grid(study, results)),

@@ -1,4 +1,7 @@
-"""The picture of a study: accuracy on the targets by optimizer step, an arm a line, a world a panel, as SVG and PNG."""
+"""The pictures of a study: accuracy by optimizer step, an arm a line; and every arm's distance from the subject.
+
+Lines are told apart up to :data:`MOST_LINES` arms; of a study with more the distances are the picture that is kept.
+"""
 
 import io
 from collections.abc import Sequence
@@ -15,6 +18,9 @@ from cropi_core.study.compare import ALL, ArmResult
 from data_schemas.study import Study
 
 PANEL = (5.6, 3.4)
+MOST_LINES = 2 * len(COLOURS)
+ROW = 0.24
+"""Inches of an arm in the picture of distances."""
 
 
 def arms_svg(study: Study, rows: Sequence[ArmResult], world: str) -> str:
@@ -41,6 +47,68 @@ def arms_png(study: Study, results: Sequence[ArmResult]) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def distances_svg(study: Study, results: Sequence[ArmResult]) -> str:
+    """Draw every arm's distance from the subject as an ``<svg>`` element."""
+    with mpl.rc_context(STYLE):
+        ax = Figure(figsize=_tall(results), layout="constrained").subplots()
+        draw_distances(ax, study, results)
+        return to_svg(ax, "distances", f"Accuracy on the targets beside {study.subject}, by arm")
+
+
+def study_png(study: Study, results: Sequence[ArmResult]) -> bytes:
+    """Draw the picture that documents include: lines, or distances where the lines are too many."""
+    if len(study.arms) <= MOST_LINES:
+        return arms_png(study, results)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=_tall(results), layout="constrained", dpi=110)
+        draw_distances(figure.subplots(), study, results)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw_distances(ax: Axes, study: Study, results: Sequence[ArmResult]) -> None:
+    """Draw how many points each arm is ahead of the subject at the last step that both have, paired by seed."""
+    rows = [row for row in results if row.ahead]
+    arms = _arms(rows)
+    worlds = [*study.worlds, ALL] if any(row.world == ALL for row in rows) else list(study.worlds)
+    for place, world in enumerate(worlds):
+        own = [row for row in rows if row.world == world]
+        last = [row.ahead[max(row.ahead)] for row in own]
+        whole = world == ALL
+        shift = (place - (len(worlds) - 1) / 2) * 0.6 / len(worlds)
+        ax.errorbar(
+            [-100 * one.value for one in last],
+            [arms.index(row.arm) + shift for row in own],
+            xerr=np.array(
+                [
+                    [100 * (one.high - one.value) if one.high is not None else 0 for one in last],
+                    [100 * (one.value - one.low) if one.low is not None else 0 for one in last],
+                ]
+            ),
+            color="black" if whole else COLOURS[place % len(COLOURS)],
+            marker="D" if whole else "o",
+            markersize=4 if whole else 3,
+            elinewidth=1.2 if whole else 0.8,
+            linestyle="none",
+            label="all together" if whole else short(world, 40),
+            zorder=3 if whole else 2,
+        )
+    ax.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(arms)), [short(arm) for arm in arms])
+    ax.set_ylim(len(arms) - 0.5, -0.5)
+    ax.set_xlabel(f"points ahead of {short(study.subject)} on the targets, at the last step that both have")
+    cast(Axes, ax).legend(fontsize=7, loc="best")
+
+
+def _arms(rows: Sequence[ArmResult]) -> list[str]:
+    return list(dict.fromkeys(row.arm for row in rows))
+
+
+def _tall(results: Sequence[ArmResult]) -> tuple[float, float]:
+    return 7.2, 1.0 + ROW * max(3, len(_arms([row for row in results if row.ahead])))
 
 
 def draw(ax: Axes, study: Study, results: Sequence[ArmResult], world: str) -> None:

@@ -15,6 +15,8 @@ import yaml
 pytest.importorskip("trl", reason="training needs the extra `train`")
 pytest.importorskip("matplotlib", reason="pages need the extra `report`")
 
+from matplotlib.figure import Figure
+
 from cropi_core.curriculum import curriculum
 from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.runs import load_run, run_id
@@ -25,6 +27,7 @@ from cropi_core.study.compare import ALL, common_steps, compare, headline
 from cropi_core.study.measure import Cost, Curve, Point, SetAccuracy, cost, curve
 from cropi_core.study.output import Failed, into_page, write_study
 from cropi_core.study.plan import cells, load_study
+from cropi_core.study.plots import draw_distances
 from cropi_core.study.stages import dead_groups
 from data_schemas.manifest import StepSpec
 from data_schemas.study import Study
@@ -341,6 +344,28 @@ def test_an_arm_that_is_ahead_is_ahead_by_what_it_says():
     assert rows["full"].ahead[10].value == pytest.approx(0.1)
     assert rows["once"].ahead[10].value == pytest.approx(0.0)
     assert rows["cropi"].ahead == {}
+
+
+def test_the_picture_of_distances_has_every_arm_where_the_table_has_it():
+    plan = study(seeds=[0, 1])
+    curves = {
+        "full": ([0.4, 0.5], [0.4, 0.6]),
+        "cropi": ([0.4, 0.6], [0.4, 0.6]),
+        "once": ([0.4, 0.7], [0.4, 0.6]),
+    }
+    found = [made_up(arm, y, seed) for arm, seeds in curves.items() for seed, y in enumerate(seeds)]
+    ax = Figure().subplots()
+    rows = compare(plan, found)
+    draw_distances(ax, plan, rows)
+    (drawn,) = ax.containers
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "once"]
+    assert drawn.lines[0].get_xdata() == pytest.approx([-5, 5])
+    (whiskers,) = drawn.lines[2]
+    ends = {
+        arm: [x for x, _ in ends] for arm, ends in zip(("full", "once"), whiskers.get_segments(), strict=True)
+    }
+    assert ends["full"] == pytest.approx([-10, 0])  # of two seeds the interval reaches from one to the other
+    assert ends["once"] == pytest.approx([0, 10])
 
 
 def test_an_arm_that_trains_longer_is_shown_to_its_end_and_compared_where_both_were():
