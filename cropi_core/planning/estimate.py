@@ -15,6 +15,8 @@ from cropi_core.planning.terms import Assumptions, Estimate, Limits, Line, Memor
 
 SCORED_NUMBERS_PER_S = 5e8
 """Stored numbers that scoring reads a second; its steps are seconds where others are hours, so this is not measured."""
+MULTIPLIED_NUMBERS_PER_S = 1.5e10
+"""Numbers that scoring multiplies and adds a second, one core (docs/decisions.md); a product is k of them."""
 
 # Measured on artifacts of the embedded demo; together less than a hundredth of a run's bytes.
 MANIFEST = Line(1500, 160)
@@ -114,7 +116,8 @@ def seconds(work: Work, sample: Sample, speeds: Speeds, limits: Limits) -> float
             spent += math.ceil(work.steps / limits.save_steps) * rate.save_s
         case "scores":
             rows = live_prompts(work, sample)
-            spent = speeds.scores_s + rows * limits.k / SCORED_NUMBERS_PER_S
+            number_s = 1 / SCORED_NUMBERS_PER_S + work.products / MULTIPLIED_NUMBERS_PER_S
+            spent = speeds.scores_s + rows * limits.k * number_s
         case _:
             spent = 0.0
     return spent + speeds.step_s

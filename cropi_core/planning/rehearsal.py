@@ -183,6 +183,12 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
         of = config.evaluation.sampling
         wanted |= {"source": "validation", "prompts": sum(sizes[n] for n in names), "calls": len(names)}
         wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
+    if kind == "scores":
+        validation = config.data.validation
+        nearest = config.scores.target == "nearest"
+        wanted["products"] = (
+            sum(sizes[n] for n in validation) if nearest else 2 * len(validation)
+        )  # of halves
     if work.step == "training":
         training, of = config.training, config.training.sampling
         wanted |= {"prompts": training.prompts_per_step, "steps": training.steps}

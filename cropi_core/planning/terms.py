@@ -30,6 +30,7 @@ class Work:
         samples: Completions a prompt.
         max_new_tokens: Their longest.
         calls: Sets that are sampled one after another.
+        products: Vectors that each prompt with a gradient is compared with, in scoring.
         steps: Optimizer steps.
         batches: Generation batches of training.
         rows: Prompts with a gradient, where that is known better than by the sample's share.
@@ -46,6 +47,7 @@ class Work:
     samples: int = 0
     max_new_tokens: int = 0
     calls: int = 1
+    products: int = 0
     steps: int = 0
     batches: int = 0
     rows: float | None = None

@@ -12,6 +12,7 @@ from e2e import tiny
 
 from cropi_core.planning import estimate as plan
 from cropi_core.planning.prediction import predict
+from cropi_core.planning.rehearsal import counted
 from cropi_core.planning.terms import (
     Assumptions,
     Disk,
@@ -25,6 +26,7 @@ from cropi_core.planning.terms import (
     Work,
 )
 from cropi_core.store import Store
+from data_schemas.config import Config
 
 ROW = {"slot", "stage", "origin", "tokens_generated", "tokens_passed", "seconds"} | {
     "peak_memory_bytes",
@@ -103,6 +105,29 @@ def test_seconds_are_counted_by_hand():
     assert plan.seconds(PASS, POOL, SPEEDS, LIMITS) == pytest.approx(1.5 + 10 * 24 * 0.1 + 0.5)
     # Five steps of 6 completions, a checkpoint after 2, 4 and 5.
     assert plan.seconds(TRAIN, POOL, SPEEDS, LIMITS) == pytest.approx(5 + 30 * 0.25 + 3 * 2 + 0.5)
+
+
+def test_scoring_costs_what_it_reads_and_what_it_multiplies():
+    score = Work("scores@1", "scores", 1, prompts=2_000_000, products=300)
+    numbers = 1_000_000 * LIMITS.k  # half of the prompts have a gradient
+    expected = (
+        0.25 + numbers / plan.SCORED_NUMBERS_PER_S + 300 * numbers / plan.MULTIPLIED_NUMBERS_PER_S + 0.5
+    )
+    assert plan.seconds(score, POOL, SPEEDS, LIMITS) == pytest.approx(expected)
+
+
+def test_a_prompt_is_compared_with_every_validation_prompt_or_with_two_halves():
+    sizes = {"pool": 100, "goal": 12, "far": 3}
+    for target, products in (("nearest", 15), ("mean", 4)):
+        world = {"kind": "world", "families": {"sort": 1}}
+        config = Config.model_validate(
+            {
+                "data": {"pool": world, "validation": {"goal": world, "far": world}},
+                "scores": {"target": target},
+            }
+        )
+        work = counted(Work("scores@2", "scores"), "computed", config, sizes)
+        assert (work.products, work.stage) == (products, 2)
 
 
 def test_disk_is_counted_by_hand():
