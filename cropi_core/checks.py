@@ -71,6 +71,7 @@ FIGURES = (
         "halves: common in their best tenth",
         "Share of the pool's best tenth on which the halves agree, in the worst set; chance is 10 %.",
         percent=True,
+        rule="min_top_agreement",
     ),
     Figure(
         "spot_correlation",
@@ -90,8 +91,8 @@ FIGURES = (
 )
 GRADIENT_RULES = ("max_kl", "min_ess", "max_dead_share")
 """Rules about the trajectories: any strategy that reads gradients obeys them, before it scores."""
-RULES = (*GRADIENT_RULES, "min_target_agreement", "min_spot_correlation")
-"""All rules; the last two are about influence scores."""
+RULES = (*GRADIENT_RULES, "min_target_agreement", "min_top_agreement", "min_spot_correlation")
+"""All rules; the last three are about influence scores."""
 
 
 def figures(

@@ -1,10 +1,10 @@
 """The section ``diagnostics``: limits beyond which a stage's scores are not believed, and what is done then."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_schemas.sources import Section
+from data_schemas.sources import LATER, Section
 
 Action = Literal["refresh", "random"]
 
@@ -37,6 +37,14 @@ class Diagnostics(Section):
         description="`influence`: least cosine of the targets of two halves of a validation set, in the worst set.",
     )
     min_target_agreement_action: Action = "random"
+    min_top_agreement: Annotated[float | None, LATER] = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="`influence`: least share that the best tenths by two halves of a validation set have in common, "
+        "in the worst set. By chance it is 0.1.",
+    )
+    min_top_agreement_action: Annotated[Action, LATER] = "refresh"
     min_spot_correlation: float | None = Field(
         default=None,
         ge=-1,

@@ -18,7 +18,9 @@ from data_schemas.config import Diagnostics
 from data_schemas.manifest import StageCheck
 
 RULED = {figure.rule: figure for figure in FIGURES if figure.rule}
-FOUND = {"kl": 0.3, "ess_share": 0.3, "dead_share": 0.3, "target_agreement": 0.3, "spot_correlation": 0.3}
+FOUND = dict.fromkeys(
+    ("kl", "ess_share", "dead_share", "target_agreement", "top_agreement", "spot_correlation"), 0.3
+)
 WORDS = {"refresh": "the trajectories are collected again", "random": "the prompts are selected at random"}
 
 

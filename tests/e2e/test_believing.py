@@ -162,7 +162,8 @@ def test_strategies_without_influence_scores_have_no_spot_check(own_checked):
 
 def test_limits_that_are_kept_change_nothing(own_checked, reference):
     root, _ = own_checked
-    loose = {"max_kl": 1e6, "min_ess": 0.0, "max_dead_share": 1.0, "min_target_agreement": -1.0}
+    loose = {"max_kl": 1e6, "min_ess": 0.0, "max_dead_share": 1.0}
+    loose |= {"min_target_agreement": -1.0, "min_top_agreement": 0.0}
     record = go(tiny(diagnostics=loose), root)
     assert computed(record) == set()
     assert digests(record) == digests(reference[1])
