@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from cropi_core.errors import DataError, SelectionError
 from cropi_core.fusion import fuse, ranks, tie_keys
 from cropi_core.influence import SETTINGS_KEY
+from cropi_core.tables import floats
 from data_schemas.arrow import SCORE_FIXED
 from data_schemas.config import Scores
 
@@ -58,9 +59,8 @@ def gather(prompt_ids: list[str], scores: Path | None, rollouts: Path | None) ->
     figures = {"mean_reward": unknown, "grad_norm": unknown, "score": unknown, "rank": unknown}
     status, votes = [UNMEASURED] * len(prompt_ids), [""] * len(prompt_ids)
     if scores is not None:
-        table = read_columns(
-            scores, list(SCORE_FIXED), others=True
-        )  # the other columns are the validation sets
+        # The other columns are the validation sets.
+        table = read_columns(scores, list(SCORE_FIXED), others=True)
         table = table.take(_match(prompt_ids, table.column("prompt_id").to_pylist(), f"scores {scores}"))
         figures = {name: floats(table.column(name)) for name in figures}
         status, votes = table.column("status").to_pylist(), _votes(table)
@@ -166,8 +166,3 @@ def read_columns(path: Path, columns: list[str], *, others: bool = False) -> pa.
             return file.read() if others else file.read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def floats(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column as float64, null as NaN."""
-    return column.cast(pa.float64()).to_numpy().astype(np.float64)

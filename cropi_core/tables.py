@@ -213,6 +213,11 @@ def places(wanted: Sequence[str], found: Sequence[str]) -> np.ndarray:
     return np.array([place.get(one, -1) for one in wanted], dtype=np.int64)
 
 
+def floats(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as float64, null as NaN."""
+    return column.cast(pa.float64()).to_numpy().astype(np.float64)
+
+
 def write_parquet(table: pa.Table, path: Path, row_group_size: int | None = None) -> None:
     """Write a Parquet file that appears whole or not at all; equal tables give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)

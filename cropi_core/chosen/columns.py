@@ -16,7 +16,7 @@ from cropi_core.gradient_store import GradientStore
 from cropi_core.groups import OK
 from cropi_core.run_artifacts import Artifacts
 from cropi_core.step_functions import GRADIENTS, PROMPTS_FILE, ROLLOUTS
-from cropi_core.tables import places
+from cropi_core.tables import floats, places
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them
 BATCH = 4096
@@ -50,14 +50,14 @@ def trajectories(artifacts: Artifacts, slot: str, ids: list[str]) -> tuple[np.nd
         return unknown, unknown
     found = table.group_by("prompt_id").aggregate([("reward", "mean"), ("tokens", "mean")])
     names = found["prompt_id"].to_pylist()
-    rate, tokens = (_floats(found[name]) for name in ("reward_mean", "tokens_mean"))
+    rate, tokens = (floats(found[name]) for name in ("reward_mean", "tokens_mean"))
     return in_order(ids, names, rate), in_order(ids, names, tokens)
 
 
 def selected_of(artifacts: Artifacts, table: pa.Table, ids: list[str]) -> np.ndarray:
     """Return which prompts of the pool a selection took, ``(n,)`` bool."""
     names = table["prompt_id"].to_pylist()
-    return in_order(ids, names, _floats(table["selected"].cast(pa.float64()))) == 1
+    return in_order(ids, names, floats(table["selected"].cast(pa.float64()))) == 1
 
 
 def open_gradients(artifacts: Artifacts, slot: str, fetch: bool) -> GradientStore | None:
@@ -186,7 +186,3 @@ def _texts(artifacts: Artifacts, slot: str) -> Iterator[tuple[list[str], list[st
                 yield names, [prompt_text(messages) for messages in said]
     except (pa.ArrowInvalid, OSError) as error:
         artifacts.problem(slot, f"prompts cannot be read: {error}")
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.float64()).to_numpy().astype(np.float64)

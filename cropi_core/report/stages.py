@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cropi_core.run_artifacts import Artifacts, Pool
 from cropi_core.step_functions import ROLLOUTS, SCORES_FILE, SELECTION_FILE
+from cropi_core.tables import floats, places
 from data_schemas.arrow import SCORE_FIXED, SELECTION, STATUSES
 
 MOST_GROUPS = 24
@@ -76,10 +77,10 @@ def read_choice(artifacts: Artifacts, pool: Pool, stage: int) -> StageChoice | N
     ranked = selection if selection is not None else scores
     if ranked is None:
         return None
-    place = _places(pool, ranked)
+    place = places(pool.ids, ranked["prompt_id"].to_pylist())
     by_set, pass_rate = {}, np.full(len(pool.ids), np.nan)
     if scores is not None:
-        where = _places(pool, scores)
+        where = places(pool.ids, scores["prompt_id"].to_pylist())
         names = [name for name in scores.column_names if name not in SCORE_FIXED]
         by_set = {name: _floats(scores, name, where) for name in names}
         pass_rate = _floats(scores, "mean_reward", where)
@@ -158,8 +159,8 @@ def rank_correlation(one: StageChoice, other: StageChoice) -> float | None:
     both = ~(np.isnan(one.score) | np.isnan(other.score))
     if both.sum() < 3:
         return None
-    places = [np.argsort(np.argsort(c.rank[both], kind="stable"), kind="stable") for c in (one, other)]
-    return float(np.corrcoef(places[0], places[1])[0, 1])
+    orders = [np.argsort(np.argsort(c.rank[both], kind="stable"), kind="stable") for c in (one, other)]
+    return float(np.corrcoef(orders[0], orders[1])[0, 1])
 
 
 # -- columns -------------------------------------------------------------------------------------------------
@@ -170,17 +171,10 @@ def _natural(name: str) -> tuple[bool, int, str]:
     return not name, int(name) if name.isdecimal() and len(name) < 10 else 1 << 30, name
 
 
-def _places(pool: Pool, table: pa.Table) -> np.ndarray:
-    """Return the row of every prompt of the pool in a table, -1 where it has none."""
-    rows = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
-    return np.array([rows.get(name, -1) for name in pool.ids], dtype=np.int64)
-
-
 def _floats(table: pa.Table, name: str, place: np.ndarray) -> np.ndarray:
     """Return a column in the order of the pool, null and missing as NaN."""
     column = table[name].cast(pa.float32()) if pa.types.is_boolean(table[name].type) else table[name]
-    values = np.append(column.cast(pa.float64()).to_numpy().astype(np.float64), np.nan)
-    return values[place]
+    return np.append(floats(column), np.nan)[place]
 
 
 def _strings(table: pa.Table, name: str, place: np.ndarray, missing: str) -> list[str]:

@@ -18,7 +18,7 @@ from cropi_core.report.page import environment
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, ArmResult, compare, headline
 from cropi_core.study.measure import FORWARD_AND_BACKWARD, Curve
-from cropi_core.study.plots import MOST_LINES, arms_svg, distances_svg, study_png
+from cropi_core.study.plots import arms_svg, distances_svg, has_lines, study_png
 from cropi_core.tables import write_parquet
 from data_schemas.study import Study
 
@@ -178,12 +178,13 @@ def markdown(
             tables.cost_grid(curves),
         ),
     )
-    lines = len(study.arms) <= MOST_LINES
+    picture = "accuracy on the targets by optimizer step"
+    if not has_lines(study):
+        picture = f"distance of every arm from {study.subject}"
     parts = [
         "<!-- written by the study, not by hand -->",
         f"**{sentence(study, results)}.** {len(curves)} of {planned} curricula are done.",
-        f"![{'accuracy on the targets by optimizer step' if lines else f'distance of every arm from {study.subject}'}]"
-        "(accuracy.png)",
+        f"![{picture}](accuracy.png)",
         f"### Steps and cost to the accuracy that {study.reference} has at its end",
         *RULES,
         tables.markdown(tables.speed_grid(study, results)),

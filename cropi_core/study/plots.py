@@ -44,9 +44,7 @@ def arms_png(study: Study, results: Sequence[ArmResult]) -> bytes:
             draw(ax, study, results, world)
         for ax in panels[len(worlds) :]:
             ax.remove()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return _png(figure)
 
 
 def distances_svg(study: Study, results: Sequence[ArmResult]) -> str:
@@ -57,16 +55,19 @@ def distances_svg(study: Study, results: Sequence[ArmResult]) -> str:
         return to_svg(ax, "distances", f"Accuracy on the targets beside {study.subject}, by arm")
 
 
+def has_lines(study: Study) -> bool:
+    """Return whether the lines of a study's arms can be told apart."""
+    return len(study.arms) <= MOST_LINES
+
+
 def study_png(study: Study, results: Sequence[ArmResult]) -> bytes:
     """Draw the picture that documents include: lines, or distances where the lines are too many."""
-    if len(study.arms) <= MOST_LINES:
+    if has_lines(study):
         return arms_png(study, results)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=_tall(results), layout="constrained", dpi=110)
         draw_distances(figure.subplots(), study, results)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return _png(figure)
 
 
 def draw_distances(ax: Axes, study: Study, results: Sequence[ArmResult]) -> None:
@@ -101,6 +102,12 @@ def draw_distances(ax: Axes, study: Study, results: Sequence[ArmResult]) -> None
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.set_xlabel(f"points ahead of {short(study.subject)} on the targets, at the last step that both have")
     cast(Axes, ax).legend(fontsize=7, loc="best")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _arms(rows: Sequence[ArmResult]) -> list[str]:
