@@ -16,6 +16,7 @@ from cropi_core.checkpoint import checkpoint_files
 from cropi_core.content import write_atomic
 from cropi_core.counter import key64
 from cropi_core.errors import ConfigError
+from cropi_core.optimizer_state import restore_state
 from cropi_core.policy import render
 from cropi_core.processes import ALONE, Processes
 from cropi_core.progress import Progress, Report
@@ -203,11 +204,27 @@ class Watch(TrainerCallback):
         write_atomic(directory / MARKER, json.dumps(file_sizes(directory)))
 
 
-class QuietTrainer(GRPOTrainer):
-    """TRL's trainer without telemetry and model cards: a stage opens no connection."""
+class StageTrainer(GRPOTrainer):
+    """TRL's trainer without telemetry and model cards; its optimizer may go on from another stage's.
+
+    Attributes:
+        carried: Checkpoint directory whose optimizer state is gone on with; None for a fresh one.
+        carried_steps: Optimizer steps that state has seen.
+    """
+
+    carried: Path | None = None
+    carried_steps: int = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create it with the state that is carried; a resume inside the stage loads its own over that."""
+        optimizer = super().create_optimizer(model)
+        if self.carried is not None:
+            assert self.model is not None
+            self.carried_steps = restore_state(self.model, optimizer, self.carried)
+        return optimizer
 
     def _send_telemetry(self) -> None:
-        pass
+        """Send none: a stage opens no connection."""
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none; checkpoints of ``scratch`` need no description."""
@@ -229,11 +246,21 @@ def build_trainer(
     stage: Stage,
     watch: Watch,
     reference: Path | None,
-) -> GRPOTrainer:
+    carried: Path | None = None,
+) -> StageTrainer:
     """Build TRL's trainer around a stage.
 
     TRL loads the KL reference from the path that the policy's configuration names as its origin; that path
     is set to the reference asked for. With an adapter it keeps a copy of that as it is at the start.
+
+    Args:
+        model: The policy, or PEFT's wrapping of it.
+        tokenizer: Its tokenizer.
+        arguments: TRL's.
+        stage: Completions and rewards.
+        watch: Told every step.
+        reference: Checkpoint directory of the KL reference.
+        carried: Checkpoint directory whose optimizer state, if it has one, is gone on with.
 
     Raises:
         ConfigError: A KL term without a reference.
@@ -243,7 +270,7 @@ def build_trainer(
             raise ConfigError(f"training.beta={arguments.beta} needs a reference policy, none was given")
         checkpoint_files(reference)
         model.config._name_or_path = str(reference)
-    trainer = QuietTrainer(
+    trainer = StageTrainer(
         model=cast(PreTrainedModel, model),  # or PEFT's wrapping of one
         reward_funcs=stage.reward,
         args=arguments,
@@ -253,6 +280,7 @@ def build_trainer(
         rollout_func=stage.rollout,
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
+    trainer.carried = carried
     return trainer
 
 

@@ -21,10 +21,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -33,6 +34,7 @@ from cropi_core.errors import ConfigError, DataError, SelectionError
 from cropi_core.grpo import MARKER, Stage, Watch, build_trainer, file_sizes
 from cropi_core.lora import ADAPTER, attach, merged, save_adapter
 from cropi_core.moments import save_moments, second_moments
+from cropi_core.optimizer_state import save_state
 from cropi_core.policy import load_policy, pick_device
 from cropi_core.processes import Processes
 from cropi_core.progress import Report, silent
@@ -92,7 +94,8 @@ def train(
 
     Returns:
         Summary: steps, completions, their tokens, tokens of forward and backward (prompts included, once a
-        completion and pass), epochs over the subset, rewards of its first and last quarter.
+        completion and pass), epochs over the subset, rewards of its first and last quarter, optimizer steps that the
+        carried state had seen.
 
     Raises:
         SelectionError: Fewer prompts are selected than a step takes.
@@ -126,7 +129,8 @@ def train(
         if training.lora:
             trained = attach(model, training.lora, policy / ADAPTER if base else None, seed)
         with tracker_files(logs):
-            trainer = build_trainer(trained, tokenizer, arguments, stage, watch, reference)
+            carried = policy if training.optimizer_state == "carried" else None
+            trainer = build_trainer(trained, tokenizer, arguments, stage, watch, reference, carried)
             try:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             except (torch.OutOfMemoryError, MemoryError) as error:
@@ -145,9 +149,13 @@ def train(
                 # TRL wrote its pad token and a path into them.
                 model.config, model.generation_config = original
                 save_trained(model, policy, out, state)
+            optimizer = cast(
+                Optimizer, trainer.optimizer
+            )  # another kind's moments are refused by the configuration
             if training.second_moments:
-                assert isinstance(trainer.optimizer, torch.optim.Optimizer)
-                save_moments(second_moments(model, trainer.optimizer), out)
+                save_moments(second_moments(model, optimizer), out)
+            if training.optimizer_state == "carried":
+                save_state(model, optimizer, out)
     if processes.rank:
         return {}
     table = metrics_table(trainer.state.log_history)
@@ -167,6 +175,7 @@ def train(
         "start": training.start,
         "reference": training.reference if training.beta > 0 else None,
         "optimizer_state": training.optimizer_state,
+        "carried_steps": trainer.carried_steps,
         "resumed_from_step": step_of(start) if start else None,
         "seconds_per_step": watch.seconds_per_step,
     }

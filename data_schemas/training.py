@@ -64,8 +64,10 @@ class Training(Section):
     schedule: Schedule = Field(default="constant", description="Of the stage.")
     warmup_steps: int = Field(default=0, ge=0)
     optimizer: Literal["adamw"] = "adamw"
-    optimizer_state: Literal["fresh"] = Field(
-        default="fresh", description="Moments start at zero every stage."
+    optimizer_state: Literal["fresh", "carried"] = Field(
+        default="fresh",
+        description="`fresh`: AdamW's moments start at zero every stage. `carried`: a stage goes on with those of the "
+        "stage before, which are kept with the policy.",
     )
     second_moments: bool = Field(
         default=False,
@@ -86,6 +88,17 @@ class Training(Section):
         default=TrlTraining(), description="Further fields of TRL's GRPOConfig."
     )
 
+    @property
+    def keeps_moments(self) -> list[str]:
+        """Name the fields that have Adam's moments kept with the policy, as they are set."""
+        carried = ["optimizer_state=carried"] if self.optimizer_state == "carried" else []
+        return (["second_moments"] if self.second_moments else []) + carried
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of moments a parameter that a trained policy has beside its weights."""
+        return 2 * self.second_moments + 8 * (self.optimizer_state == "carried")
+
 
 def contradictions(config: "Config") -> list[str]:
     """List what of a stage's settings cannot hold together, each with its values and what to change."""
@@ -100,11 +113,17 @@ def contradictions(config: "Config") -> list[str]:
         )
     if training.trl.sync_ref_model and (training.beta == 0 or training.lora):
         faults.append("training.trl.sync_ref_model needs training.beta above 0, and no training.lora")
-    if training.second_moments:
-        idle = [name for name, on in [("lora", training.lora), ("trl.optim", training.trl.optim)] if on]
-        faults += [
-            f"training.second_moments reads AdamW's moments of all weights: drop training.{n}" for n in idle
-        ]
+    idle = [name for name, on in [("lora", training.lora), ("trl.optim", training.trl.optim)] if on]
+    faults += [
+        f"training.{kept} reads AdamW's moments of all weights: drop training.{n}"
+        for kept in training.keeps_moments
+        for n in idle
+    ]
+    if training.optimizer_state == "carried" and training.start == "base":
+        faults.append(
+            "training.optimizer_state=carried with training.start=base: no stage goes on from the one before; take "
+            "training.start=previous or training.optimizer_state=fresh"
+        )
     return faults + _adapter(training) + _loss(config) + _several(config)
 
 
@@ -155,6 +174,9 @@ def _several(config: "Config") -> list[str]:
             f"training.prompts_per_step={training.prompts_per_step} is no multiple of "
             f"runtime.launch.processes={launch.processes}: a group would be cut in two"
         )
-    if launch.config and training.second_moments:
-        faults.append("training.second_moments with runtime.launch.config: moments in shards are not read")
+    if launch.config:
+        faults += [
+            f"training.{kept} with runtime.launch.config: moments in shards are not read"
+            for kept in training.keeps_moments
+        ]
     return faults

@@ -313,7 +313,7 @@ class Calibration:
         lines: dict[Source, tuple[Line, Line]] = {
             source: rollout_lines(self.folder / source, self.folder) for source in groups
         }
-        policy, trained = checkpoint_bytes(self.policy, moments=self.config.training.second_moments)
+        policy, trained = checkpoint_bytes(self.policy, moment_bytes=self.config.training.moment_bytes)
         features, columns = 0.0, Line(0.0, 0.0)
         if self.config.needs_gradients:
             live: dict[Source, int] = {

@@ -51,17 +51,19 @@ def store_bytes(store: Path, live: int, prompts: int) -> tuple[float, Line]:
     return rows / live if live else 0.0, Line(fixed, rest / prompts)
 
 
-def checkpoint_bytes(policy: Path, *, moments: bool) -> tuple[int, int]:
+def checkpoint_bytes(policy: Path, *, moment_bytes: int) -> tuple[int, int]:
     """Weigh a checkpoint as it is, and as training saves it: float32 weights, the other files as they are.
 
-    With ``moments`` there are Adam's in bfloat16 too, half as much as the weights.
+    Args:
+        policy: The checkpoint.
+        moment_bytes: Bytes of Adam's moments a parameter that are saved beside the weights.
     """
     files = checkpoint_files(policy)
     weights = [path for path in files if path.suffix == ".safetensors"]
     whole = sum(path.stat().st_size for path in files)
     rest = whole - sum(path.stat().st_size for path in weights)
     trained = sum(_in_float32(path) for path in weights)
-    return whole, rest + trained + (trained // 2 if moments else 0)
+    return whole, rest + trained + trained // 4 * moment_bytes
 
 
 def _in_float32(path: Path) -> int:
@@ -81,7 +83,7 @@ def assumed_disk(policy: Path, lengths: dict[Source, int], limits: Limits) -> Di
         lengths: Tokens of a completion, by source.
         limits: The run's.
     """
-    whole, trained = checkpoint_bytes(policy, moments=limits.second_moments)
+    whole, trained = checkpoint_bytes(policy, moment_bytes=limits.moment_bytes)
     rollouts: dict[Source, Line] = {source: Line(4000, COMPLETION.at(n)) for source, n in lengths.items()}
     evaluation = Line(2500, COMPLETION.at(lengths["validation"]) / 2)
     features = limits.k * limits.value_bytes * ROW_SHARE

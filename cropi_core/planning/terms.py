@@ -180,7 +180,7 @@ class Limits:
     generation_rows: int
     token_budget: int
     save_steps: int
-    second_moments: bool
+    moment_bytes: int
     subprocess: bool
 
     @classmethod
@@ -196,7 +196,7 @@ class Limits:
             generation_rows=runtime.generation_rows,
             token_budget=runtime.token_budget,
             save_steps=runtime.save_steps,
-            second_moments=config.training.second_moments,
+            moment_bytes=config.training.moment_bytes,
             subprocess=runtime.mode == "subprocess",
         )
 

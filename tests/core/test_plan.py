@@ -62,7 +62,7 @@ LIMITS = Limits(
     generation_rows=16,
     token_budget=1000,
     save_steps=2,
-    second_moments=False,
+    moment_bytes=0,
     subprocess=False,
 )
 COLLECT = Work("rollouts/pool@1", "rollouts", 1, prompts=20, samples=4, max_new_tokens=5)

@@ -421,7 +421,7 @@ def test_the_tokens_of_a_stage_are_those_that_went_through_the_model(
     workspace: Path, monkeypatch, iterations, steps
 ):
     made, passes = [], []
-    rollout, loss = grpo.Stage.rollout, grpo.QuietTrainer._compute_loss
+    rollout, loss = grpo.Stage.rollout, grpo.StageTrainer._compute_loss
 
     def sampled(self, prompts, trainer):
         made.append(rollout(self, prompts, trainer))
@@ -432,7 +432,7 @@ def test_the_tokens_of_a_stage_are_those_that_went_through_the_model(
         return loss(self, model, inputs)
 
     monkeypatch.setattr(grpo.Stage, "rollout", sampled)
-    monkeypatch.setattr(grpo.QuietTrainer, "_compute_loss", counted)
+    monkeypatch.setattr(grpo.StageTrainer, "_compute_loss", counted)
     summary, _ = run(workspace, training=SMALL.model_copy(update={"iterations": iterations, "steps": steps}))
     assert summary["tokens_generated"] == sum(len(ids) for batch in made for ids in batch["completion_ids"])
     # Where the last batch is passed over fewer times, the count takes the mean number of passes for all.

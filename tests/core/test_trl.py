@@ -87,6 +87,11 @@ def test_a_field_that_is_not_passed_on_is_refused_by_name(section, name, said):
         ({"training": {"trl": {"sync_ref_model": True}}}, "needs training.beta above 0"),
         ({"training": {"second_moments": True, "trl": {"optim": "adafactor"}}}, "drop training.trl.optim"),
         ({"training": {"second_moments": True, "lora": {}}}, "drop training.lora"),
+        (
+            {"training": {"optimizer_state": "carried", "lora": {}}},
+            "optimizer_state=carried.*drop training.lora",
+        ),
+        ({"training": {"optimizer_state": "carried", "start": "base"}}, "training.start=previous"),
         ({"training": {"lora": {}, "beta": 0.1, "reference": "base"}}, "set training.reference=stage_start"),
         ({"training": {"lora": {"carry": "adapter"}, "start": "base"}}, "take merged"),
         ({"runtime": {"launch": {"processes": 3}}}, "no multiple of runtime.launch.processes=3"),

@@ -1,0 +1,97 @@
+"""Adam's state at the end of a stage, with which the next one goes on (``training.optimizer_state: carried``).
+
+Adam's first steps move every coordinate by the learning rate, whatever its gradient, until its moments know better. A
+curriculum that begins it afresh pays for that in every stage; docs/evidence.md has the figures.
+
+The state is stored in float32, eight bytes a parameter, as what a stage does with it is to be what one without a break
+would do. It lies beside the second moments, in a directory that no program takes for weights.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cropi_core.errors import PolicyError
+
+STATE = Path("optimizer") / "state.safetensors"
+"""Where the state lies in a checkpoint directory."""
+
+PARTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def save_state(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
+    """Write the state of every parameter that was trained into a checkpoint directory.
+
+    Args:
+        model: The model that was trained.
+        optimizer: AdamW after at least one step.
+        checkpoint: Directory of the trained policy.
+    """
+    state = {
+        f"{part}/{name}": optimizer.state[parameter][part].float().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if optimizer.state.get(parameter)
+        for part in PARTS
+    }
+    path = checkpoint / STATE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+
+
+def restore_state(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> int:
+    """Give an optimizer that has taken no step the state that a policy was saved with.
+
+    Args:
+        model: The model, on its device.
+        optimizer: AdamW over its parameters.
+        checkpoint: Directory of the policy that the stage starts from.
+
+    Returns:
+        Optimizer steps the state has seen; 0 where the policy has none, as a base has not, and nothing is changed.
+
+    Raises:
+        PolicyError: The state cannot be read, or is of other parameters.
+    """
+    path = checkpoint / STATE
+    if not path.is_file():
+        return 0
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    steps = 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            for name, parameter in model.named_parameters():
+                if id(parameter) not in trained:
+                    continue
+                found = {part: _part(file, held, f"{part}/{name}", path) for part in PARTS}
+                for part in ("exp_avg", "exp_avg_sq"):
+                    _check_shape(found[part], parameter, f"{part}/{name}", path)
+                    found[part] = found[part].to(parameter.device, parameter.dtype)
+                optimizer.state[parameter] = found
+                steps = max(steps, int(found["step"]))
+    except SafetensorError as error:
+        raise PolicyError(
+            f"{path} is no safetensors file ({error}); train the stage again, or set training.optimizer_state=fresh"
+        ) from error
+    return steps
+
+
+def _part(file: safe_open, held: set[str], key: str, path: Path) -> Tensor:
+    if key not in held:
+        raise PolicyError(
+            f"{path} has no {key}: it was saved by a stage that trained other parameters; train that stage again, or "
+            "set training.optimizer_state=fresh"
+        )
+    return file.get_tensor(key)
+
+
+def _check_shape(value: Tensor, parameter: nn.Parameter, key: str, path: Path) -> None:
+    if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
+        raise PolicyError(
+            f"{path}: {key} is of shape {tuple(value.shape)} and the parameter of {tuple(parameter.shape)}, or not all "
+            "of it is finite; train that stage again, or set training.optimizer_state=fresh"
+        )
