@@ -24,6 +24,7 @@ from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
 from flows.approval import in_the_ui, on_the_terminal
 from flows.environment import artifact_root
+from flows.server import settle
 from flows.summary import as_json, as_markdown, summarise
 from tasks.announce import announced
 from tasks.execution import Executor
@@ -130,9 +131,14 @@ def curriculum(
     store = execute.store
     log.info("run %s under %s", run_id(settings), store.url)
     asker = None
+
+    def show() -> None:
+        _show(execute, load_run(store, run_id(settings)))
+        settle(flow_run=flow_run.id)
+
     if approve:
         watcher = execute.watcher
-        asker = on_the_terminal(store, watcher.ask) if watcher else in_the_ui(store)
+        asker = on_the_terminal(store, watcher.ask) if watcher else in_the_ui(store, show)
     try:
         told = announced(execute, run_id(settings), store)
         record = core.curriculum(settings, store, told, notify=log.warning, approve=asker)

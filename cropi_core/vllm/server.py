@@ -144,10 +144,12 @@ def environment_of(settings: Vllm, index: int, *, cpu: bool = False) -> dict[str
     ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     ours |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     ours["PYTHONSAFEPATH"] = "1"  # a vllm.py of the working directory is not vLLM
-    if (
-        cpu
-    ):  # unless told, 0.32 wants 92 % of the machine's memory for its cache, and does not start with less
+    if cpu:
+        # Unless told, 0.32 wants 92 % of the machine's memory for its cache, and does not start with less.
         ours.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GB)
+        if "--enforce-eager" in settings.arguments:
+            # It leaves functions of the sampler compiled, by a C++ compiler at the first answer: 20 s of every start.
+            ours.setdefault("TORCH_COMPILE_DISABLE", "1")
     if settings.gpus:
         ours["CUDA_VISIBLE_DEVICES"] = settings.gpus[index]
     return ours | settings.environment

@@ -34,7 +34,9 @@ def serving(
     command = command_line(str(require_vllm()), Path(policy), chosen, dtype, tokens, cpu=True)
     command = [(replaced or {}).get(part, part) for part in command]
     with contextlib.chdir(cwd or Path.cwd()):
-        server = LocalServer(command, environment_of(chosen, 0), free_port(), Path(logs) / f"{name}.log", key)
+        server = LocalServer(
+            command, environment_of(chosen, 0, cpu=True), free_port(), Path(logs) / f"{name}.log", key
+        )
     try:
         yield server
     finally:

@@ -28,7 +28,7 @@ from cropi_core.vllm.client import Job, PassingError, Vocabulary, completions_of
 from cropi_core.vllm.fleet import Endpoint, Fleet
 from cropi_core.vllm.interpreter import find_interpreter, vllm_version
 from cropi_core.vllm.sampler import request_seed
-from cropi_core.vllm.server import command_line
+from cropi_core.vllm.server import command_line, environment_of
 from data_schemas.config import Sampling, Vllm
 from tests.e2e.tiny import tiny
 
@@ -292,6 +292,17 @@ def test_a_server_gets_what_the_logprobs_need(tmp_path):
     assert command[-1] == "--max-model-len=99"
     assert "--no-enable-chunked-prefill" not in command
     assert "--no-enable-chunked-prefill" in command_line("p", tmp_path, Vllm(), "float32", 64, cpu=True)
+
+
+def test_an_eager_server_on_a_cpu_compiles_nothing_unless_it_is_told_to(monkeypatch):
+    name = "TORCH_COMPILE_DISABLE"
+    monkeypatch.delenv(name, raising=False)
+    eager = Vllm(arguments=["--enforce-eager"])
+    assert environment_of(eager, 0, cpu=True)[name] == "1"
+    assert name not in environment_of(eager, 0)
+    assert name not in environment_of(Vllm(), 0, cpu=True)
+    told = eager.model_copy(update={"environment": {name: "0"}})
+    assert environment_of(told, 0, cpu=True)[name] == "0"
 
 
 def test_an_interpreter_is_found_or_said_to_be_missing(monkeypatch):

@@ -1,12 +1,13 @@
 """A whole run graded by the user's own function and by a server: partial credit, keys, processes, names."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
-from e2e.tiny import digests, go, origins, tiny
+from e2e.tiny import computed, digests, go, origins, tiny
 
 from cropi_core.errors import ConfigError
 from cropi_core.grade_cache import SHARED
@@ -72,9 +73,14 @@ def test_partial_credit_goes_through_a_whole_run(graded):
 
 
 def test_steps_in_processes_of_their_own_grade_alike(graded, tmp_path):
-    made, _, record = graded
+    made, directory, record = graded
+    root = shutil.copytree(directory / "root", tmp_path / "root")
+    again = {"rollouts/pool@1", "policy@1", "evaluation@1"}
+    for slot in again:
+        Store(root).discard(record.slots[slot].ref.key)
     runtime = made.runtime.model_copy(update={"mode": "subprocess"})
-    other = go(made.model_copy(update={"runtime": runtime}), tmp_path / "root")
+    other = go(made.model_copy(update={"runtime": runtime}), root)
+    assert computed(other) == again
     assert digests(other) == digests(record)
 
 

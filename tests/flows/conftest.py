@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -52,6 +55,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
 
     root = tmp_path_factory.mktemp("finished") / "root"
     return root, curriculum(config=tiny_config(), root=str(root))
+
+
+@pytest.fixture(scope="session")
+def known(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a root has on which every step of the tiny configuration was taken once, and no run: to be copied.
+
+    Most tests of commands are of one step; the steps before it are found. With an empty database of Prefect's, whose
+    tables take longer to make than a tiny run.
+    """
+    root, _ = finished
+    target = tmp_path_factory.mktemp("known") / "root"
+    shutil.copytree(root, target, ignore=shutil.ignore_patterns(".*", "runs"))
+    (target / ".prefect").mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
+        env=os.environ | {"PREFECT_HOME": str(target / ".prefect")},
+        capture_output=True,
+        check=True,
+    )
+    return target
 
 
 @pytest.fixture

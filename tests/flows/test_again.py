@@ -1,6 +1,7 @@
 """Steps again, through a server: cancelled in the UI, failed and retried, gone on with from a rescore."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -79,9 +80,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def desk(tmp_path_factory: pytest.TempPathFactory, known: Path) -> Iterator[Desk]:
     place = tmp_path_factory.mktemp("again")
-    served = Served(place / "root", free_port(), place / "out")
+    served = Served(shutil.copytree(known, place / "root"), free_port(), place / "out")
     try:
         yield Desk(served)
     finally:

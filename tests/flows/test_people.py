@@ -101,7 +101,7 @@ class Office:
 
 
 @pytest.fixture(scope="module")
-def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+def office(tmp_path_factory: pytest.TempPathFactory, known: Path) -> Iterator[Office]:
     inbox: list[dict[str, str]] = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()
     place = tmp_path_factory.mktemp("office")
-    served = Served(place / "root", free_port(), place / "out")
+    served = Served(shutil.copytree(known, place / "root"), free_port(), place / "out")
     office = Office(served, inbox)
     try:
         office.run(CROPI[0], "-c", BLOCK, f"http://127.0.0.1:{hook.server_port}/")
@@ -196,10 +196,7 @@ def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_told(office: O
     config = tiny_config(name="gone", training={**tiny_config().training.model_dump(), "steps": 200})
     idle = descendants(office.served.process.pid)
     flow_run = office.start(config)
-    deadline = time.monotonic() + 200
-    while not list((office.served.root / ".work").glob("policy-*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    office.served.trains()
     for pid in descendants(office.served.process.pid) - idle:
         if b"resource_tracker" not in command_of(pid):  # the command's own
             os.kill(pid, signal.SIGKILL)
@@ -208,8 +205,8 @@ def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_told(office: O
 
 
 @pytest.mark.slow
-def test_after_a_kill_of_the_command_its_next_start_records_the_run_as_crashed(tmp_path: Path):
-    root, port = tmp_path / "root", free_port()
+def test_after_a_kill_of_the_command_its_next_start_records_the_run_as_crashed(tmp_path: Path, known: Path):
+    root, port = shutil.copytree(known, tmp_path / "root"), free_port()
     training = tiny_config().training.model_dump() | {"steps": 4000}
     office = Office(Served(root, port, tmp_path / "out"), [])
     try:
@@ -262,8 +259,8 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_a_person_is_asked_on_the_terminal(tmp_path: Path):
-    config, root = written(tmp_path / "tiny.yaml"), tmp_path / "root"
+def test_a_person_is_asked_on_the_terminal(tmp_path: Path, known: Path):
+    config, root = written(tmp_path / "tiny.yaml"), shutil.copytree(known, tmp_path / "root")
     command = [*CROPI, "run", str(config), "--root", str(root), "--approve", "--no-report"]
     question = "Train on it? [y]es, [n]o, or another ratio"
     terminal = Terminal(*command)
