@@ -61,6 +61,7 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study gym-smollm2 --root /data/gym --write docs/gym-smollm2.md": "a checkpoint of a hub, vLLM and an hour",
     "python benchmarks/acceleration.py --root /data/study": "hours",
     "cropi study ablations --root /data/study --write docs/evidence.md": "hours",
+    "cropi study between_stages --root /data/study --write docs/evidence.md": "an hour",
     "cropi study validation --root /data/study --write docs/evidence.md": "half an hour",
     "cropi study remedies --root /data/study": "hours",
     "make vllm": "CI runs it from a clean checkout",
