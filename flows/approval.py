@@ -47,7 +47,7 @@ def in_the_ui(store: Store, show: Callable[[], None]) -> Approve:
     Args:
         store: Where the selections lie.
         show: Publishes the run as far as it came, and returns when the server has recorded that: a person who is asked
-            looks at the pages, and on SQLite the event of a suspension may be lost among those of the steps.
+            looks at the pages.
     """
     asked: Counter[str] = Counter()
 
