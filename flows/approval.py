@@ -39,15 +39,10 @@ class Approval(RunInput):
     ratio: float | None = Field(default=None, gt=0, le=1, description="Share of the pool to choose instead.")
 
 
-def in_the_ui(store: Store, show: Callable[[], None]) -> Approve:
+def in_the_ui(store: Store) -> Approve:
     """Ask by suspending the flow run; one that no deployment could start again waits in its process.
 
     The function raises :class:`WaitingError` when the run is suspended, from the signal that Prefect ends it by.
-
-    Args:
-        store: Where the selections lie.
-        show: Publishes the run as far as it came, and returns when the server has recorded that: a person who is asked
-            looks at the pages.
     """
     asked: Counter[str] = Counter()
 
@@ -55,7 +50,6 @@ def in_the_ui(store: Store, show: Callable[[], None]) -> Approve:
         said = fault
         while True:
             text = as_markdown(stage, selection, store.manifest(selection).summary, said)
-            show()
             asked[selection.key] += 1  # a run that goes on asks the same questions in the same order
             question = f"{selection.key}-{asked[selection.key]}"
             try:

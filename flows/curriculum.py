@@ -24,7 +24,6 @@ from data_schemas.config import Config
 from data_schemas.manifest import RunRecord, StepName
 from flows.approval import in_the_ui, on_the_terminal
 from flows.environment import artifact_root
-from flows.server import settle
 from flows.summary import as_json, as_markdown, summarise
 from tasks.announce import announced
 from tasks.execution import Executor
@@ -131,14 +130,9 @@ def curriculum(
     store = execute.store
     log.info("run %s under %s", run_id(settings), store.url)
     asker = None
-
-    def show() -> None:
-        _show(execute, load_run(store, run_id(settings)))
-        settle(flow_run=flow_run.id)
-
     if approve:
         watcher = execute.watcher
-        asker = on_the_terminal(store, watcher.ask) if watcher else in_the_ui(store, show)
+        asker = on_the_terminal(store, watcher.ask) if watcher else in_the_ui(store)
     try:
         told = announced(execute, run_id(settings), store)
         record = core.curriculum(settings, store, told, notify=log.warning, approve=asker)

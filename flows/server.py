@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from uuid import UUID
 
 from cropi_core.children import child_env
 from cropi_core.errors import CropiError
@@ -129,15 +128,11 @@ def drain(timeout: float = 10.0) -> None:
     EventsWorker.drain_all(timeout=timeout, at_exit=False)
 
 
-def settle(timeout: float = 10.0, flow_run: str | None = None) -> None:
-    """Send what Prefect still holds, and wait until a flow run's task runs are recorded, to that which shows the run.
+def settle(timeout: float = 10.0) -> None:
+    """Send what Prefect still holds, and wait until the newest flow run's task runs are recorded to the last.
 
     Task runs reach the database as events, in order. A server stopped right after the flow loses the last of
     them, and the run would be shown with steps that never ended.
-
-    Args:
-        timeout: Seconds to wait at most.
-        flow_run: Id of the flow run; None for the newest.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -148,10 +143,9 @@ def settle(timeout: float = 10.0, flow_run: str | None = None) -> None:
     drain(timeout)
     deadline = time.monotonic() + timeout
     with get_client(sync_client=True) as client:
-        newest = [] if flow_run else client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-        ids = [UUID(flow_run)] if flow_run else [run.id for run in newest]
-        chosen = FlowRunFilter(id=FlowRunFilterId(any_=ids))
-        while ids and time.monotonic() < deadline:
+        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+        chosen = FlowRunFilter(id=FlowRunFilterId(any_=[run.id for run in newest]))
+        while newest and time.monotonic() < deadline:
             last = client.read_task_runs(
                 flow_run_filter=chosen, sort=TaskRunSort.EXPECTED_START_TIME_DESC, limit=1
             )
