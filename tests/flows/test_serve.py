@@ -45,7 +45,7 @@ class Served:
             assert time.monotonic() < deadline, said
             time.sleep(0.2)
 
-    def trains(self, seconds: float = 120) -> None:
+    def trains(self, seconds: float = 200) -> None:
         """Wait until a stage is under way."""
         deadline = time.monotonic() + seconds
         while not list((self.root / ".work").glob("policy-*/**/*")):
