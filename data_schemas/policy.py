@@ -31,7 +31,11 @@ class Chat(Section):
 class PolicySource(Section):
     """The initial checkpoint of the curriculum."""
 
-    path: str = Field(default="embedded", description="`embedded`, a checkpoint directory, or a hub id.")
+    path: str = Field(
+        default="embedded",
+        description="`embedded`, a checkpoint directory, or a hub id. `embedded-ladder` is an embedded policy whose "
+        "accuracy on `reverse` falls with the length of the word.",
+    )
     revision: str | None = Field(default=None, description="Hub revision; a commit hash pins it.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
-    """Find a checkpoint: ``embedded``, a directory, or a hub id (downloaded once into the hub's cache).
+    """Find a checkpoint: an embedded one, a directory, or a hub id (downloaded once into the hub's cache).
 
     Raises:
         PolicyError: It is not found.
@@ -68,6 +68,10 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
         from cropi_core.world import base_checkpoint
 
         return base_checkpoint()
+    if path == "embedded-ladder":
+        from cropi_core.world import ladder_checkpoint
+
+        return ladder_checkpoint()
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory

@@ -1,10 +1,11 @@
 """The embedded world: a small policy and generated tasks, so that everything runs on any machine without a download.
 
-base_policy.py  the path of the checkpoint
+base_policy.py  the paths of the checkpoints
 families.py     generators of tasks, and the prompt tables built from them
 tokenizer.py    the character tokenizer
-train_base.py   the script that trained the checkpoint in base/
-base/           the checkpoint: Llama architecture, 0.9 M parameters, safetensors
+train_base.py   the script that trained the checkpoints
+base/           a checkpoint: Llama architecture, 0.9 M parameters, safetensors
+ladder/         another one, whose accuracy on `reverse` falls with the length of the word
 """
 
 import lazy_loader

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cropi_core.errors import ConfigError, DataError, PolicyError
-from cropi_core.world import FAMILIES, base_checkpoint, build
+from cropi_core.world import FAMILIES, base_checkpoint, build, ladder_checkpoint
 from cropi_core.world.families import DIGITS, LETTERS, LUCKY_ANSWERS, SIGNS, SPLITS, Draws, split_of
 from cropi_core.world.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, build_tokenizer
-from cropi_core.world.train_base import MAX_COMPLETION, MAX_LENGTH, main, sampled_accuracy
+from cropi_core.world.train_base import BASE, LADDER, MAX_COMPLETION, MAX_LENGTH, main, sampled_accuracy
 from data_schemas.tables import PROMPTS
 
 ALL = dict.fromkeys(FAMILIES, 60)
@@ -244,6 +245,17 @@ def test_base_has_headroom(family, policy, tokenizer):
     assert low <= sampled_accuracy(policy, tokenizer, family, n=150, seed=0) <= high
 
 
+def test_the_ladder_falls_with_the_length_of_the_word():
+    policy = AutoModelForCausalLM.from_pretrained(ladder_checkpoint(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(ladder_checkpoint(), local_files_only=True)
+    accuracies = [
+        sampled_accuracy(policy, tokenizer, name, 100, 0, LADDER.max_completion) for name in LADDER.families
+    ]
+    assert min(accuracies[:3]) > 0.75  # 3 to 5 letters
+    assert all(longer < shorter - 0.1 for shorter, longer in itertools.pairwise(accuracies[2:6]))
+    assert accuracies[6] < 0.05  # the base cannot do 9 letters
+
+
 def test_base_ends_its_answers(policy, tokenizer):
     """A completion without eos would be truncated, and GRPO would learn lengths instead of tasks."""
     table = build(ALL, "test", 2)
@@ -256,7 +268,7 @@ def test_base_ends_its_answers(policy, tokenizer):
 
 def test_training_script_writes_a_loadable_checkpoint(monkeypatch, tmp_path: Path, capsys):
     monkeypatch.setattr("sys.argv", ["train_base", "--out", str(tmp_path), "--steps", "1"])
-    monkeypatch.setattr("cropi_core.world.train_base.FAMILIES", {"copy": FAMILIES["copy"]})
+    monkeypatch.setattr("cropi_core.world.train_base.BASE", replace(BASE, families=("copy",)))
     main()
     assert "copy" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 864_384
