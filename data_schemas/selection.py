@@ -6,7 +6,7 @@ from pydantic import Field
 
 from data_schemas.section import LATER, Section
 
-Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm"]
+Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm", "text_similarity"]
 
 
 class Selection(Section):
@@ -15,7 +15,8 @@ class Selection(Section):
     strategy: Strategy = Field(
         default="influence",
         description="What orders the pool: influence, chance, nothing (`full` takes all prompts), variance of the "
-        "rewards, distance to `pass_rate_target`, or the norm of the gradient.",
+        "rewards, distance to `pass_rate_target`, the norm of the gradient, or the similarity of the text to the "
+        "validation prompts (`text_similarity`), which needs no rollouts: the baseline that influence must beat.",
     )
     ratio: float = Field(default=0.1, gt=0, le=1, description="Share of the pool.")
     later: Annotated[Literal["pass_rate", "learnability", "random"] | None, LATER] = Field(
@@ -39,4 +40,9 @@ class Selection(Section):
     @property
     def reads_rollouts(self) -> bool:
         """Whether the strategy reads rollouts, or gradients of them."""
-        return self.strategy not in ("random", "full")
+        return self.strategy not in ("random", "full", "text_similarity")
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the strategy reads the prompts of the validation sets."""
+        return self.strategy == "text_similarity"

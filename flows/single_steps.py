@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from cropi_core.runs import load_run
-from data_schemas import Fusion, LossType, Ratio, Strategy, Target
+from data_schemas import Config, Fusion, LossType, Ratio, Strategy, Target
 from flows.rerun import latest, rerun
 from flows.serving import artifact_root
 from tasks import store_at
@@ -170,6 +170,9 @@ def selection(
         inputs["scores"] = latest(record, "scores", stage)
     if strategy in ("learnability", "pass_rate"):
         inputs["rollouts"] = latest(record, "rollouts/pool", stage)
+    if strategy == "text_similarity":
+        sets = Config.model_validate(record.config).data.validation
+        inputs |= {f"validation.{name}": record.slots[f"prompts/{name}"].ref for name in sets}
     return rerun(f"selection@{stage}", run, root, {"selection": section, "seed": seed}, inputs, refresh)
 
 

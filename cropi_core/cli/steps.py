@@ -224,6 +224,10 @@ def selection(
     rollouts: Annotated[
         Path | None, typer.Option(help="Rollouts, for strategies that read pass rates.")
     ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Prompts table of a validation set, for text_similarity. Repeatable."),
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the pool: selection.ratio.")] = None,
     strategy: Annotated[str | None, typer.Option(help="How to choose: selection.strategy.")] = None,
     seed: Seed = 0,
@@ -237,12 +241,20 @@ def selection(
     short = {"ratio": ratio, "strategy": strategy}
     given = [f"selection.{name}={value}" for name, value in short.items() if value is not None]
     settings = load_sections({"selection": Selection}, [*(override or []), *given])["selection"]
-    for path, option in ((scores, "--scores"), (prompts, "--prompts"), (rollouts, "--rollouts")):
-        if path is not None:
+    targets = {str(path): path for path in validation or []}
+    options = {
+        "--scores": [scores],
+        "--prompts": [prompts],
+        "--rollouts": [rollouts],
+        "--validation": targets.values(),
+    }
+    for option, paths in options.items():
+        for path in filter(None, paths):
             present(path, option)
     from cropi_core.selection import select
 
-    summary = select(prompts=prompts, scores=scores, rollouts=rollouts, out=out, settings=settings, seed=seed)
+    inputs = {"prompts": prompts, "scores": scores, "rollouts": rollouts, "targets": targets}
+    summary = select(out=out, settings=settings, seed=seed, **inputs)
     print_summary(summary, as_json)
 
 

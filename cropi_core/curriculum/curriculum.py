@@ -225,6 +225,8 @@ class Curriculum:
         elif chosen.reads_rollouts:
             inputs["rollouts"] = rollouts["pool"]
             inputs |= {"belief": policy} if self._has_belief(policy) else {}
+        elif chosen.reads_targets:
+            inputs |= {f"validation.{name}": sets[name] for name in config.data.validation}
         selection = self._select(stage, settings, inputs)
         if fault := self._shortage(stage, selection):
             raise SelectionError(fault)

@@ -179,6 +179,7 @@ def selection_step(work: Work) -> dict[str, Any]:
         seed=settings.seed,
         fallback=settings.fallback.model_dump() if settings.fallback else None,
         belief=belief / BELIEF_FILE if belief else None,
+        targets={name: path / PROMPTS_FILE for name, path in _named(work.inputs, "validation.").items()},
     )
 
 

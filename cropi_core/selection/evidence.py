@@ -36,6 +36,7 @@ class Evidence:
         score: ``(n,)`` fused influence.
         rank: ``(n,)`` rank of the score, from 1.
         votes: ``(n,)`` names of the sets that voted, as a text; empty without influence scores.
+        similarity: ``(n,)`` similarity of the text to the validation prompts.
     """
 
     prompt_ids: list[str]
@@ -45,6 +46,7 @@ class Evidence:
     score: np.ndarray
     rank: np.ndarray
     votes: list[str]
+    similarity: np.ndarray
 
 
 def gather(prompt_ids: list[str], scores: Path | None, rollouts: Path | None) -> Evidence:
@@ -81,6 +83,7 @@ def gather(prompt_ids: list[str], scores: Path | None, rollouts: Path | None) ->
         figures["score"],
         figures["rank"],
         votes,
+        unknown,
     )
 
 

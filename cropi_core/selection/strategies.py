@@ -15,6 +15,7 @@ References:
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cropi_core.errors import ConfigError, SelectionError
 from cropi_core.scores import order, tie_keys
 from cropi_core.selection.belief import read_belief
 from cropi_core.selection.evidence import TOO_FEW, Evidence, believed, gather, read_columns
+from cropi_core.selection.texts import similarity_to_targets
 from cropi_core.statistics import pass_rate_counts
 from data_schemas import SELECTION, Selection
 
@@ -41,6 +43,7 @@ def select(
     seed: int = 0,
     fallback: Mapping[str, Any] | None = None,
     belief: Path | None = None,
+    targets: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Write the selection table of a pool.
 
@@ -55,6 +58,7 @@ def select(
         fallback: Why a draw is random: ``strategy``, which it replaces, and ``limits``, the rules of
             ``diagnostics`` that its scores violate. Included in every reason and in the summary.
         belief: Belief table of the stage before; its pass rates replace those of the rollouts.
+        targets: Prompts tables of the validation sets, by name; ``text_similarity`` needs them.
 
     Returns:
         A summary in JSON types; ``short_by`` is the number of prompts missing because too few are eligible.
@@ -64,7 +68,7 @@ def select(
         DataError: A table does not have the columns of its format.
         SelectionError: Scores or rollouts belong to other prompts than the pool, or no prompt is eligible.
     """
-    check_inputs(settings.strategy, scores, rollouts)
+    check_inputs(settings.strategy, scores, rollouts, prompts if targets else None)
     if settings.strategy != "random":  # a rerun may replace the random strategy
         fallback = None
     pool = _pool(prompts, scores)
@@ -72,6 +76,8 @@ def select(
     if belief is not None:
         evidence = believed(evidence, read_belief(belief))
     keys = tie_keys(evidence.prompt_ids, seed)
+    if settings.reads_targets and prompts is not None:
+        evidence = replace(evidence, similarity=similarity_to_targets(prompts, targets or {}))
     values = worth(evidence, settings)
     best = positions(evidence, values, settings, keys)
     if not len(best):
@@ -129,12 +135,20 @@ def _table(
     return pa.table(columns, schema=SELECTION)
 
 
-def check_inputs(strategy: str, scores: Path | None, rollouts: Path | None) -> None:
+def check_inputs(
+    strategy: str, scores: Path | None, rollouts: Path | None, prompts_with_targets: Path | None = None
+) -> None:
     """Check that the inputs of a strategy are given.
 
     Raises:
-        ConfigError: The strategy needs a scores table, or one of scores and rollouts.
+        ConfigError: The strategy needs a scores table, or one of scores and rollouts, or prompts of the pool and of
+            validation sets.
     """
+    if strategy == "text_similarity" and prompts_with_targets is None:
+        raise ConfigError(
+            "selection.strategy=text_similarity compares the texts of the pool with those of the validation sets, and "
+            "a prompts table of one of them was not given"
+        )
     if strategy in ("influence", "grad_norm") and scores is None:
         raise ConfigError(f"selection.strategy={strategy} needs a scores table, and none was given")
     if strategy in ("learnability", "pass_rate") and scores is None and rollouts is None:
@@ -159,6 +173,7 @@ def worth(evidence: Evidence, settings: Selection) -> np.ndarray:
     * ``learnability``: p(1 − p), the variance of a reward of 0 or 1, and an upper bound with partial credit;
       no value where it is zero.
     * ``pass_rate``: −|p − target|.
+    * ``text_similarity``: the similarity of the text to the most alike validation prompts.
     * ``random``, ``full``: no values; their order needs none.
 
     Raises:
@@ -181,6 +196,8 @@ def worth(evidence: Evidence, settings: Selection) -> np.ndarray:
         values = np.where(pass_rate * (1 - pass_rate) > 0, pass_rate * (1 - pass_rate), np.nan)
     elif settings.strategy == "pass_rate":
         values = -np.abs(pass_rate - settings.pass_rate_target)
+    elif settings.strategy == "text_similarity":
+        values = evidence.similarity
     elif settings.strategy in ("random", "full"):
         values = np.full(len(evidence.prompt_ids), np.nan)
     else:
@@ -231,6 +248,8 @@ def reasons(
             explanations.append(f"gradient norm {values[i]:.3g}")
         elif settings.strategy == "learnability":
             explanations.append(f"pass rate {p[i]:.3f}, p(1-p) {values[i]:.3f}")
+        elif settings.strategy == "text_similarity":
+            explanations.append(f"similarity {values[i]:.3f} to the most alike validation prompts")
         else:
             explanations.append(f"pass rate {p[i]:.3f}, {-values[i]:.3f} from {settings.pass_rate_target:g}")
     return explanations

@@ -112,12 +112,12 @@ def test_all_contradictions_are_told_together():
 
 
 @pytest.mark.parametrize(
-    "strategy", ["influence", "grad_norm", "learnability", "pass_rate", "random", "full"]
+    "strategy", ["influence", "grad_norm", "learnability", "pass_rate", "random", "full", "text_similarity"]
 )
 def test_a_strategy_says_what_it_reads(strategy):
     made = config(selection={"strategy": strategy, "ratio": 1.0})
     assert made.needs_gradients == (strategy in ("influence", "grad_norm"))
-    assert made.needs_rollouts == (strategy not in ("random", "full"))
+    assert made.needs_rollouts == (strategy not in ("random", "full", "text_similarity"))
 
 
 def test_a_later_strategy_is_that_of_all_stages_but_the_first():

@@ -28,6 +28,7 @@ READS = {
     "pass_rate": {"rollouts/pool@1"},
     "random": set(),
     "full": set(),
+    "text_similarity": set(),
 }
 READS["grad_norm"] = READS["influence"]
 

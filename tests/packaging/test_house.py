@@ -20,6 +20,7 @@ MOST_ARGUMENTS = 9
 FORMS = {
     # Commands of Typer and flows of Prefect: each parameter is an option, or a field of the form in Prefect's UI.
     "cropi_core/cli/exchange.py:import_log",
+    "cropi_core/cli/steps.py:selection",
     "cropi_core/cli/steps.py:training",
     "cropi_core/cli/verify_rewards.py:verify_rewards",
     "flows/command/app.py:study_command",

@@ -323,7 +323,44 @@ def test_a_share_is_never_none_and_never_more_than_the_pool(ratio: float, pool: 
 def test_equally_far_pass_rates_are_ties(tmp_path: Path):
     p = np.array([0.3, 0.7], dtype=np.float32).astype(np.float64)
     nothing = np.full(2, np.nan)
-    evidence = Evidence(["a", "b"], ["ok", "ok"], p, nothing, nothing, nothing, ["", ""])
+    evidence = Evidence(["a", "b"], ["ok", "ok"], p, nothing, nothing, nothing, ["", ""], nothing)
     for strategy in ("pass_rate", "learnability"):
         values = worth(evidence, Selection.model_validate({"strategy": strategy}))
         assert values[0] == values[1]
+
+
+def write_texts(path: Path, texts: dict[str, str]) -> Path:
+    rows = [
+        {
+            "prompt_id": prompt_id,
+            "source": "texts",
+            "messages": [{"role": "user", "content": text}],
+            "answer": "",
+            "verifier": "exact",
+            "level": None,
+            "tags": [],
+        }
+        for prompt_id, text in texts.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), path)
+    return path
+
+
+def test_text_similarity_selects_the_prompts_that_read_like_the_validation_prompts_of_any_set(tmp_path):
+    kinds = {"sum": "What is {} plus {}?", "poem": "Write {} lines about {}.", "sort": "sort: {} {} 7 1"}
+    texts = {f"{kind}-{i}": form.format(i, 3 * i) for kind, form in kinds.items() for i in range(10)}
+    pool = write_texts(tmp_path / "pool.parquet", texts)
+    sums = write_texts(tmp_path / "sums.parquet", {"v0": "What is 40 plus 2?", "v1": "What is 8 plus 11?"})
+    sorts = write_texts(tmp_path / "sorts.parquet", {"w0": "sort: 5 9 7 1"})
+    settings = Selection(strategy="text_similarity", ratio=2 / 3)
+    summary = select(prompts=pool, out=tmp_path / "s", settings=settings, targets={"a": sums, "b": sorts})
+    chosen = pq.read_table(tmp_path / "s").filter(pa.compute.field("selected"))
+    assert summary["selected"] == 20
+    assert {name.split("-")[0] for name in chosen["prompt_id"].to_pylist()} == {"sum", "sort"}
+    assert "most alike validation prompts" in chosen["reason"][0].as_py()
+
+
+def test_text_similarity_without_validation_prompts_is_refused(tmp_path):
+    pool = write_texts(tmp_path / "pool.parquet", {"a": "x"})
+    with pytest.raises(ConfigError, match="validation sets"):
+        select(prompts=pool, out=tmp_path / "s", settings=Selection(strategy="text_similarity"))
