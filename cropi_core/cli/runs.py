@@ -1,5 +1,6 @@
 """``cropi runs``: list the runs of a root, the space that they take, and remove runs."""
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from cropi_core.formatting import human_bytes
 
 if TYPE_CHECKING:
     from cropi_core.artifacts import Store
+    from cropi_core.runs import SlotSummary
     from data_schemas import RunRecord
 
 app = typer.Typer(
@@ -26,6 +28,9 @@ def runs(
     sizes: Annotated[
         bool, typer.Option("--sizes", help="List the space of each run's artifacts, by kind.")
     ] = False,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="List the tokens and seconds of each run, by purpose.")
+    ] = False,
     state: Annotated[
         list[str] | None,
         typer.Option(metavar="STATE", help="Only runs in this state, such as Failed; repeatable."),
@@ -38,7 +43,7 @@ def runs(
 ) -> None:
     """List the runs of a root, newest last."""
     if context.invoked_subcommand is not None:
-        for option in ("sizes", "state", "name", "root", "as_json"):
+        for option in ("sizes", "costs", "state", "name", "root", "as_json"):
             source = context.get_parameter_source(option)
             if source is not None and source.name == "COMMANDLINE":
                 raise ConfigError(
@@ -50,9 +55,11 @@ def runs(
 
     store = Store(root)
     if sizes:
-        if state or name:
-            raise ConfigError("--sizes lists all runs; it does not go with --state and --name")
+        if state or name or costs:
+            raise ConfigError("--sizes lists all runs; it does not go with --costs, --state and --name")
         _list_sizes(store, as_json)
+    elif costs:
+        _list_costs(store, _parse_states(state or []), name or "", as_json)
     else:
         _list_runs(store, _parse_states(state or []), name or "", as_json)
 
@@ -126,6 +133,59 @@ def _list_sizes(store: "Store", as_json: bool) -> None:
         for s in spaces
     ]
     print_table(("run", "all", "of it alone", *kinds), rows)
+
+
+def _list_costs(store: "Store", states: set[str], name: str, as_json: bool) -> None:
+    """List what the runs' selection, training and evaluation cost; artifacts that no longer exist do not count."""
+    from cropi_core.runs import load_run, selection_in_steps, spending
+
+    rows: list[dict[str, Any]] = []
+    listed = [row for row in _rows(store, name) if row["state"] != "damaged"]
+    for run in [row["run"] for row in listed if not states or row["state"] in states]:
+        record = load_run(store, run)
+        slots = _slots(store, record)
+        steps = selection_in_steps(slots)
+        rows += [
+            {
+                "run": run,
+                "purpose": purpose,
+                **vars(cost.tokens),
+                "token_forwards": cost.tokens.forwards,
+                "seconds": round(cost.seconds, 3),
+                "in_training_steps": round(steps[1], 1) if steps and purpose == "selection" else None,
+            }
+            for purpose, cost in spending(slots).items()
+        ]
+    if as_json:
+        print_json(rows)
+        return
+    header = (
+        "run",
+        "purpose",
+        "generated",
+        "forward and backward",
+        "forward only",
+        "seconds",
+        "in training steps",
+    )
+    columns = ("run", "purpose", "generated", "passed", "forward", "seconds", "in_training_steps")
+    print_table(header, [["" if row[c] is None else _thousands(row[c]) for c in columns] for row in rows])
+
+
+def _thousands(value: object) -> str:
+    """Format counts with separators."""
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _slots(store: "Store", record: "RunRecord") -> "list[SlotSummary]":
+    """Summarise the artifacts of a run that the store still has."""
+    from cropi_core.runs import slot_summaries
+
+    manifests = {}
+    for slot, entry in record.slots.items():
+        with suppress(ArtifactError):
+            manifests[slot] = store.manifest(entry.ref.key)
+    return slot_summaries(record, manifests)
 
 
 @app.command()

@@ -44,7 +44,7 @@ from cropi_core.report.stages import (
     status_counts,
 )
 from cropi_core.report.trust import panel
-from cropi_core.runs import Artifacts, Pool, read_pool
+from cropi_core.runs import Artifacts, Pool, cost_grid, read_pool, selection_in_steps, slot_summaries
 from data_schemas import Config, RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -103,6 +103,7 @@ def render(store: Store, record: RunRecord) -> str:
         "chosen": section(artifacts),
         "panel": panel(artifacts),
         "absent": _absent(artifacts.config),
+        "cost": _cost(artifacts),
         "slots": run_slots(artifacts),
         "tree": tree(artifacts),
         "provenance": provenance(artifacts),
@@ -110,6 +111,15 @@ def render(store: Store, record: RunRecord) -> str:
     }
     # Evaluated last, because every reader above can add problems.
     return environment().get_template("report.html.jinja").render(context, problems=artifacts.problems)
+
+
+def _cost(artifacts: Artifacts) -> dict[str, Any]:
+    """Sum tokens and seconds by purpose, and express the selection's cost in training steps."""
+    record = artifacts.record
+    manifests = {slot: m for slot in record.slots if (m := artifacts.manifest(slot)) is not None}
+    slots = slot_summaries(record, manifests)
+    header, rows = cost_grid(slots)
+    return {"header": header, "rows": rows, "steps": selection_in_steps(slots)}
 
 
 def _cards(artifacts: Artifacts) -> dict[str, str]:

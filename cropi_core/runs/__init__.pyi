@@ -29,11 +29,15 @@ from .space import run_spaces as run_spaces
 from .space import unsuccessful as unsuccessful
 from .summary import Accuracy as Accuracy
 from .summary import RunSummary as RunSummary
+from .summary import SlotSummary as SlotSummary
 from .summary import Spending as Spending
 from .summary import Tokens as Tokens
 from .summary import accuracies as accuracies
+from .summary import cost_grid as cost_grid
 from .summary import seconds_by_step as seconds_by_step
+from .summary import selection_in_steps as selection_in_steps
 from .summary import shares as shares
+from .summary import slot_summaries as slot_summaries
 from .summary import spending as spending
 from .summary import stage_of as stage_of
 from .summary import summarise as summarise

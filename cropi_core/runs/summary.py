@@ -4,7 +4,7 @@
 measured accuracy: the command line, the report, the study and the events of Prefect all read it here.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,11 @@ class Tokens:
             self.generated + other.generated, self.passed + other.passed, self.forward + other.forward
         )
 
+    @property
+    def forwards(self) -> int:
+        """Cost in token forwards: one per generated token, three per token of a forward and backward pass."""
+        return self.generated + 3 * self.passed + self.forward
+
 
 @dataclass(frozen=True)
 class Spending:
@@ -81,6 +86,7 @@ class SlotSummary:
         spent: Time that it took in this run; 0 if it came from the store.
         made_from: Its inputs, by the slot that names them in this run, otherwise by key.
         tokens: Tokens processed when it was computed.
+        steps: Training steps; 0 for other steps.
     """
 
     slot: str
@@ -92,6 +98,7 @@ class SlotSummary:
     spent: float
     made_from: list[str]
     tokens: Tokens = Tokens()
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,6 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
     manifests = {slot: manifest(entry.ref.key) for slot, entry in record.slots.items()}
     tests = record.config["data"].get("test", {})
     pool = manifests.get("prompts/pool")
-    names = {entry.ref.key: slot for slot, entry in record.slots.items()}
     return RunSummary(
         run=record.run,
         status=record.status,
@@ -136,23 +142,36 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
             if slot.startswith("selection@")
         },
         pool=dict(pool.summary["by_source"]) if pool else {},
-        slots=[
-            SlotSummary(
-                slot=slot,
-                step=manifests[slot].step,
-                key=entry.ref.key,
-                digest=entry.ref.digest,
-                origin=entry.origin,
-                seconds=manifests[slot].seconds,
-                spent=round(entry.seconds, 3),
-                made_from=[names.get(ref.key, ref.key) for ref in manifests[slot].inputs.values()],
-                tokens=tokens_of(manifests[slot]),
-            )
-            for slot, entry in record.slots.items()
-        ],
+        slots=slot_summaries(record, manifests),
         checks=list(record.checks),
         notes=list(record.notes),
     )
+
+
+def slot_summaries(record: RunRecord, manifests: Mapping[str, Manifest]) -> list[SlotSummary]:
+    """Summarise the artifacts of a run whose manifests are given, in the order in which it used them.
+
+    Args:
+        record: The run.
+        manifests: Manifest by slot.
+    """
+    names = {entry.ref.key: slot for slot, entry in record.slots.items()}
+    return [
+        SlotSummary(
+            slot=slot,
+            step=manifests[slot].step,
+            key=entry.ref.key,
+            digest=entry.ref.digest,
+            origin=entry.origin,
+            seconds=manifests[slot].seconds,
+            spent=round(entry.seconds, 3),
+            made_from=[names.get(ref.key, ref.key) for ref in manifests[slot].inputs.values()],
+            tokens=tokens_of(manifests[slot]),
+            steps=manifests[slot].summary.get("steps", 0) if manifests[slot].step == "training" else 0,
+        )
+        for slot, entry in record.slots.items()
+        if slot in manifests
+    ]
 
 
 def accuracies(summary: Mapping[str, Any], stage: int, tests: Collection[str] = ()) -> list[Accuracy]:
@@ -205,16 +224,44 @@ def tokens_of(manifest: Manifest) -> Tokens:
     return Tokens()
 
 
-def spending(summary: RunSummary) -> dict[str, Spending]:
+def spending(slots: Iterable[SlotSummary]) -> dict[str, Spending]:
     """Sum tokens and seconds by purpose, an artifact that several slots name once."""
     totals: dict[str, Spending] = {}
-    for slot in {slot.key: slot for slot in summary.slots}.values():
+    for slot in {slot.key: slot for slot in slots}.values():
         purpose = PURPOSES.get(slot.step, "selection")
         before = totals.get(purpose, Spending())
         totals[purpose] = Spending(
             before.tokens + slot.tokens, before.seconds + slot.seconds, before.spent + slot.spent
         )
     return {name: totals[name] for name in ("selection", "training", "evaluation") if name in totals}
+
+
+def cost_grid(slots: Iterable[SlotSummary]) -> tuple[list[str], list[list[str]]]:
+    """Arrange the cost in a grid: one row per purpose, tokens and seconds when the artifacts were computed."""
+    header = ["purpose", "tokens generated", "forward and backward", "forward only", "seconds", "seconds now"]
+    return header, [
+        [
+            purpose,
+            *[f"{count:,}" for count in (one.tokens.generated, one.tokens.passed, one.tokens.forward)],
+            f"{one.seconds:.1f}",
+            f"{one.spent:.1f}",
+        ]
+        for purpose, one in spending(slots).items()
+    ]
+
+
+def selection_in_steps(slots: Sequence[SlotSummary]) -> tuple[float, float] | None:
+    """Convert the cost of the selection into training steps of this run.
+
+    Returns:
+        The steps that generate as many tokens as the selection, and the steps that cost as many token forwards; None
+        if nothing was selected or trained.
+    """
+    costs, steps = spending(slots), sum({slot.key: slot.steps for slot in slots}.values())
+    if not steps or "selection" not in costs or not costs["training"].tokens.generated:
+        return None
+    selection, training = costs["selection"].tokens, costs["training"].tokens
+    return steps * selection.generated / training.generated, steps * selection.forwards / training.forwards
 
 
 def shares(counts: Mapping[str, int]) -> dict[str, float]:

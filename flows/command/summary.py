@@ -6,7 +6,7 @@ from urllib.parse import quote
 from cropi_core.diagnostics import check_grid
 from cropi_core.formatting import percent
 from cropi_core.markdown import code, escaped, markdown_table, wide_table
-from cropi_core.runs import RunSummary, seconds_by_step, shares, spending
+from cropi_core.runs import RunSummary, cost_grid, seconds_by_step, shares, spending
 from tasks.ui import KEYS, Point, lines, picture
 
 SHOWN_CHECKS = 6
@@ -27,7 +27,7 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
         },
         "cost": {
             purpose: {**vars(one.tokens), "seconds": round(one.seconds, 3), "spent": round(one.spent, 3)}
-            for purpose, one in spending(summary).items()
+            for purpose, one in spending(summary.slots).items()
         },
         "slots": {s.slot: {"key": s.key, "digest": s.digest, "origin": s.origin} for s in summary.slots},
         "checks": [check.model_dump(mode="json") for check in summary.checks],
@@ -64,20 +64,6 @@ def selection_grid(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
     return header, [[s, *[percent(c.get(s, 0.0), 0) for c in columns]] for s in sources]
 
 
-def cost_grid(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
-    """Arrange the cost in a grid: one row per purpose, tokens and seconds when the artifacts were computed."""
-    header = ["purpose", "tokens generated", "forward and backward", "forward only", "seconds", "seconds now"]
-    return header, [
-        [
-            purpose,
-            *[f"{count:,}" for count in (one.tokens.generated, one.tokens.passed, one.tokens.forward)],
-            f"{one.seconds:.1f}",
-            f"{one.spent:.1f}",
-        ]
-        for purpose, one in spending(summary).items()
-    ]
-
-
 def as_markdown(summary: RunSummary, root: str) -> str:
     """Write a run's Markdown page for Prefect's UI; names from data are escaped.
 
@@ -93,7 +79,7 @@ def as_markdown(summary: RunSummary, root: str) -> str:
         ("Accuracy, 95 % interval", 2, accuracy_grid(summary)),
         ("Share by source", 1, selection_grid(summary)),
         ("Are the scores reliable?", 1, check_grid(summary.checks[-SHOWN_CHECKS:])),
-        ("Cost by purpose", 1, cost_grid(summary)),
+        ("Cost by purpose", 1, cost_grid(summary.slots)),
     ):
         if rows:
             cells = [[escaped(cell) for cell in row] for row in rows]

@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,10 +19,12 @@ pytest.importorskip("matplotlib", reason="reports need the extra `report`")
 pytest.importorskip("trl", reason="training needs the extra `train`")
 
 from markupsafe import escape
+from typer.testing import CliRunner
 
 from cropi_core.analysis import read_chosen
 from cropi_core.artifacts.layout import PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
 from cropi_core.artifacts.store import Store
+from cropi_core.cli.app import app
 from cropi_core.config.loading import load_config
 from cropi_core.curriculum.curriculum import run_curriculum
 from cropi_core.curriculum.execution import StepResult, publish_import, run_step
@@ -52,7 +55,7 @@ TINY = [
     "selection.ratio=0.2",
     "runtime.threads=1",
 ]
-SECTIONS = ("accuracy", "selection", "chosen", "scores", "trust", "prompts", "timings", "lineage")
+SECTIONS = ("accuracy", "selection", "chosen", "scores", "trust", "prompts", "cost", "timings", "lineage")
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}&lt;$x$"]
 
 
@@ -442,3 +445,17 @@ def test_labels_keep_their_order_and_do_not_touch() -> None:
     ordered = sorted(placed)
     assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(ordered))
     assert placed[3] < min(placed[:3]) <= max(placed[:3]) == placed[2]
+
+
+def test_the_page_and_the_list_of_runs_tell_the_same_cost_by_purpose(page, store, finished):
+    listed = CliRunner().invoke(app, ["runs", "--costs", "--json", "--root", str(store.root)])
+    rows = {row["purpose"]: row for row in json.loads(listed.stdout) if row["run"] == finished.run}
+    assert set(rows) == {"selection", "training", "evaluation"}
+    sampled = [s for s in finished.slots if s.startswith("rollouts/")]
+    tokens = sum(store.manifest(finished.slots[s].ref).summary["tokens"] for s in sampled)
+    assert rows["selection"]["generated"] == tokens
+    words = " ".join(Elements(page).words)
+    assert f"selection {tokens:,}" in " ".join(words.split())
+    assert f"{rows['selection']['in_training_steps']:.1f} steps: it has paid for itself" in " ".join(
+        words.split()
+    )

@@ -2,8 +2,14 @@
 
 from types import SimpleNamespace
 
-from cropi_core.runs.summary import RunSummary, SlotSummary, Tokens, spending, tokens_of
-from flows.command.summary import cost_grid
+from cropi_core.runs.summary import (
+    SlotSummary,
+    Tokens,
+    cost_grid,
+    selection_in_steps,
+    spending,
+    tokens_of,
+)
 
 
 def manifest(step, summary, settings=None):
@@ -34,12 +40,25 @@ def test_cost_is_summed_by_purpose_and_an_artifact_counts_once():
         slot("policy@1", "training", "p", 1.0, Tokens(generated=500, passed=900)),
         slot("evaluation@1", "evaluation", "e", 1.0, Tokens(generated=70)),
     ]
-    summary = RunSummary("r", "done", None, [], {}, {}, slots, [], [])
-    cost = spending(summary)
+    cost = spending(slots)
     assert list(cost) == ["selection", "training", "evaluation"]
     assert cost["selection"].tokens == Tokens(1000, 4000)
     assert (cost["selection"].seconds, cost["selection"].spent) == (4.0, 2.0)
-    assert cost_grid(summary)[1][:2] == [
+    assert cost_grid(slots)[1][:2] == [
         ["selection", "1,000", "4,000", "0", "4.0", "2.0"],
         ["training", "500", "900", "0", "2.0", "1.0"],
     ]
+
+
+def test_the_cost_of_the_selection_is_expressed_in_training_steps():
+    def slot(step, key, tokens, steps=0):
+        return SlotSummary(key, step, key, "", "computed", 2.0, 1.0, [], tokens, steps)
+
+    pool = slot("rollouts", "r", Tokens(generated=1000))
+    gradients = slot("gradients", "g", Tokens(passed=500))
+    stages = [slot("training", f"p{i}", Tokens(generated=500, passed=900), steps=10) for i in (1, 2)]
+    generated, forwards = selection_in_steps([pool, gradients, *stages])
+    assert generated == 20.0  # 1000 of the 50 tokens a step
+    assert forwards == 20 * (1000 + 3 * 500) / (2 * (500 + 3 * 900))
+    assert selection_in_steps([pool, gradients]) is None
+    assert selection_in_steps(stages) is None
