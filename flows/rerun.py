@@ -5,13 +5,14 @@ values. The run's record is not modified. To use the new artifact, pin it (`pin:
 the next single step. A tag protects it from `cropi artifacts gc`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ValidationError
 
 from cropi_core.artifacts import Store
+from cropi_core.config import changed_sections
 from cropi_core.errors import ConfigError, in_one_line
 from cropi_core.rewards import grading_location
 from cropi_core.runs import load_run, resolve_key, slot_ref
@@ -52,6 +53,8 @@ def rerun(
     changes: Mapping[str, Any],
     inputs: Mapping[str, str | ArtifactRef | None],
     refresh: bool,
+    overrides: Sequence[str] | None = None,
+    tag: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild the step at ``slot``, change it, execute it and return a summary of its artifact.
 
@@ -62,18 +65,22 @@ def rerun(
         changes: Settings by section and name; None keeps the original value.
         inputs: Other artifacts to use, by input name; None uses the run's.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of the step, such as `scores.metric=dot`; ``changes`` win over them.
+        tag: Name for the artifact, under which it can be pinned.
 
     Raises:
         CropiError: The run or slot does not exist, or the changed settings are invalid.
     """
     root = artifact_root(root)
     store = store_at(root)
-    spec = changed_spec(store, load_run(store, run), slot, changes, inputs)
+    spec = changed_spec(store, load_run(store, run), slot, changes, inputs, overrides or ())
     log = get_run_logger()
     execute = Executor(root, log, [spec.step] if refresh else [])
     result = execute(spec)
     execute.show_rest()
-    log.info("to use it in a run: -o pin.%s=%s", slot, result.ref.key)
+    if tag is not None:
+        store.tag(tag, result.ref.key)
+    log.info("to use it in a run: -o pin.%s=%s", slot, tag or result.ref.key)
     return {
         "run": run,
         "slot": slot,
@@ -90,6 +97,7 @@ def changed_spec(
     slot: str,
     changes: Mapping[str, Any],
     inputs: Mapping[str, str | ArtifactRef | None],
+    overrides: Sequence[str] = (),
 ) -> StepSpec:
     """Build a step from the artifact a run used, with other settings and inputs.
 
@@ -108,7 +116,7 @@ def changed_spec(
             taken[name] = (
                 other if isinstance(other, ArtifactRef) else store.manifest(resolve_key(store, other)).ref
             )
-    settings = changed_settings(manifest.step, manifest.settings, changes)
+    settings = changed_settings(manifest.step, manifest.settings, changes, overrides)
     config = consistent(record.config, settings)
     check_code(config)
     return StepSpec(
@@ -122,23 +130,24 @@ def changed_spec(
 
 
 def changed_settings(
-    step: StepName, settings: Mapping[str, Any], changes: Mapping[str, Any]
+    step: StepName, settings: Mapping[str, Any], changes: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Apply changes to a step's settings: to a section by name, or to a single value such as the seed.
+    """Apply overrides and then changes to a step's settings: to a section by name, or to a value such as the seed.
 
     Raises:
         ConfigError: The step has no such setting, or a value is out of range.
     """
-    changed = dict(settings)
-    for name, value in changes.items():
-        if value is None:
-            continue
-        if name not in changed:
-            raise ConfigError(f"{step} has no setting {name!r}; it has {', '.join(sorted(changed))}")
+    changed = changed_sections(settings, overrides)
+    touched = {text.partition(".")[0].strip() for text in overrides}
+    touched |= {name for name, value in changes.items() if value is not None}
+    if unknown := sorted(touched - settings.keys()):
+        raise ConfigError(f"{step} has no setting {unknown[0]!r}; it has {', '.join(sorted(settings))}")
+    for name in sorted(touched):
+        value = changes.get(name)
         if name not in SECTIONS:
             changed[name] = value
             continue
-        section = _over(changed[name], value)
+        section = _over(changed[name], value or {})
         try:
             # A manifest may store only part of a section (training keeps three fields of the objective).
             changed[name] = (

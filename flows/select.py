@@ -11,7 +11,7 @@ from prefect.states import State
 from pydantic import Field
 
 from cropi_core.exporting import selecting
-from flows.curriculum import Preset, WholeConfig, configured, curriculum
+from flows.curriculum import Overrides, Preset, WholeConfig, configured, curriculum
 from flows.serving import artifact_root
 from flows.trust import check_code
 from tasks import Executor
@@ -30,6 +30,7 @@ def select(
     after: Name = None,
     policy: Name = None,
     rollouts: Name = None,
+    overrides: Overrides = None,
 ) -> dict[str, Any] | State[Any]:
     """Select prompts for another trainer, or resume a selection.
 
@@ -43,12 +44,13 @@ def select(
         after: Run of the selection before, which another trainer has trained on.
         policy: Key, tag, RUN:slot, directory or hub id of the policy that it trained.
         rollouts: Key, tag or RUN:slot of rollouts of that policy on the pool.
+        overrides: Other settings as on the command line, such as `selection.strategy=learnability`.
 
     Returns:
         The run's summary. `cropi artifacts export RUN:selection@STAGE OUT --format FORMAT` writes the prompts.
     """
     root = artifact_root(root)
-    settings = configured(config, file, preset, None, seed, ratio)
+    settings = configured(config, file, preset, None, seed, ratio, overrides)
     check_code(settings)
     execute = Executor(root, get_run_logger())
     settings = selecting(settings, execute.store, execute, after=after, policy=policy, rollouts=rollouts)

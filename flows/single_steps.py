@@ -12,8 +12,24 @@ from typing import Annotated, Any, Literal
 from prefect import flow
 from pydantic import Field
 
+from cropi_core.config import section_pattern
 from cropi_core.runs import load_run
-from data_schemas import Config, Fusion, LossType, Ratio, Strategy, Target
+from data_schemas import (
+    Config,
+    Evaluation,
+    Fusion,
+    LossType,
+    Objective,
+    Projection,
+    Ratio,
+    Sampling,
+    Scores,
+    Selection,
+    Strategy,
+    Target,
+    Training,
+    TrainingObjective,
+)
 from flows.rerun import latest, rerun
 from flows.serving import artifact_root
 from tasks import store_at
@@ -30,6 +46,17 @@ Seed = Annotated[int | None, Field(ge=0, lt=2**31)]
 Samples = Annotated[int | None, Field(ge=1, le=1024)]
 Temperature = Annotated[float | None, Field(gt=0, le=10)]
 Tokens = Annotated[int | None, Field(ge=1, le=131072)]
+Tag = Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
+Many = Field(max_length=200)
+Texts = {
+    "rollouts": section_pattern({"sampling": Sampling}),
+    "gradients": section_pattern({"projection": Projection, "objective": Objective}),
+    "scores": section_pattern({"scores": Scores}),
+    "selection": section_pattern({"selection": Selection}),
+    "training": section_pattern({"training": Training, "objective": TrainingObjective}),
+    "evaluation": section_pattern({"evaluation": Evaluation}),
+}
+"""Patterns of the overrides of each step; the server refuses any other before it schedules a run."""
 
 
 @flow(name="cropi-rollouts", flow_run_name="{run} rollouts/{prompts}@{stage}")
@@ -44,6 +71,10 @@ def rollouts(
     seed: Seed = None,
     policy: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["rollouts"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Collect rollouts again.
 
@@ -58,10 +89,14 @@ def rollouts(
         seed: Another seed.
         policy: Key, tag or RUN:slot of another policy.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `sampling.top_p=0.9`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     sampling = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     changes = {"sampling": sampling, "seed": seed}
-    return rerun(f"rollouts/{prompts}@{stage}", run, root, changes, {"policy": policy}, refresh)
+    return rerun(
+        f"rollouts/{prompts}@{stage}", run, root, changes, {"policy": policy}, refresh, overrides, tag
+    )
 
 
 @flow(name="cropi-gradients", flow_run_name="{run} gradients/{prompts}@{stage}")
@@ -77,6 +112,10 @@ def gradients(
     ratio: Ratio | None = None,
     rollouts: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["gradients"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Extract gradient features again.
 
@@ -92,12 +131,16 @@ def gradients(
         ratio: Importance ratio of the stored trajectories.
         rollouts: Key, tag or RUN:slot of other rollouts.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `projection.k=4096`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     changes = {
         "projection": {"k": k, "density": density, "seed": projection_seed},
         "objective": {"loss_type": loss_type, "ratio": ratio},
     }
-    return rerun(f"gradients/{prompts}@{stage}", run, root, changes, {"rollouts": rollouts}, refresh)
+    return rerun(
+        f"gradients/{prompts}@{stage}", run, root, changes, {"rollouts": rollouts}, refresh, overrides, tag
+    )
 
 
 @flow(name="cropi-scores", flow_run_name="{run} scores@{stage}")
@@ -113,6 +156,10 @@ def scores(
     memory: Annotated[float | None, Field(gt=0, le=1)] = None,
     gradients: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["scores"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Score the pool again from existing gradients.
 
@@ -128,13 +175,24 @@ def scores(
         memory: Weight of the run's scores of the previous stage, from stage 2 on.
         gradients: Key, tag or RUN:slot of other gradients of the pool.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `scores.metric=dot`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     section = {"metric": metric, "target": target, "fusion": fusion, "rrf_k0": rrf_k0, "rrf_top": rrf_top}
     inputs: dict[str, Any] = {"train": gradients}
     if memory is not None:
         record = load_run(store_at(artifact_root(root)), run)
         inputs["previous"] = latest(record, "scores", stage - 1)
-    return rerun(f"scores@{stage}", run, root, {"scores": section | {"memory": memory}}, inputs, refresh)
+    return rerun(
+        f"scores@{stage}",
+        run,
+        root,
+        {"scores": section | {"memory": memory}},
+        inputs,
+        refresh,
+        overrides,
+        tag,
+    )
 
 
 @flow(name="cropi-selection", flow_run_name="{run} selection@{stage}")
@@ -148,6 +206,10 @@ def selection(
     seed: Seed = None,
     scores: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["selection"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Select the subset again.
 
@@ -161,6 +223,8 @@ def selection(
         seed: Another seed, for random draws.
         scores: Key, tag or RUN:slot of other scores, such as those from `cropi-scores`.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `selection.ratio=0.2`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     section = {"strategy": strategy, "ratio": ratio, "pass_rate_target": pass_rate_target}
     record = load_run(store_at(artifact_root(root)), run)
@@ -173,7 +237,9 @@ def selection(
     if strategy == "text_similarity":
         sets = Config.model_validate(record.config).data.validation
         inputs |= {f"validation.{name}": record.slots[f"prompts/{name}"].ref for name in sets}
-    return rerun(f"selection@{stage}", run, root, {"selection": section, "seed": seed}, inputs, refresh)
+    return rerun(
+        f"selection@{stage}", run, root, {"selection": section, "seed": seed}, inputs, refresh, overrides, tag
+    )
 
 
 @flow(name="cropi-training", flow_run_name="{run} policy@{stage}")
@@ -187,6 +253,10 @@ def training(
     selection: Other = None,
     policy: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["training"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Train a stage again.
 
@@ -200,9 +270,20 @@ def training(
         selection: Key, tag or RUN:slot of another subset, such as one from `cropi-selection`.
         policy: Key, tag or RUN:slot of another policy to start from.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `training.steps=40`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     changes = {"training": {"steps": steps, "learning_rate": learning_rate}, "seed": seed}
-    return rerun(f"policy@{stage}", run, root, changes, {"selection": selection, "policy": policy}, refresh)
+    return rerun(
+        f"policy@{stage}",
+        run,
+        root,
+        changes,
+        {"selection": selection, "policy": policy},
+        refresh,
+        overrides,
+        tag,
+    )
 
 
 @flow(name="cropi-evaluation", flow_run_name="{run} evaluation@{stage}")
@@ -216,6 +297,10 @@ def evaluation(
     seed: Seed = None,
     policy: Other = None,
     refresh: bool = False,
+    overrides: Annotated[
+        list[Annotated[str, Field(pattern=Texts["evaluation"], max_length=2000)]] | None, Many
+    ] = None,
+    tag: Tag = None,
 ) -> dict[str, Any]:
     """Measure accuracy again.
 
@@ -229,7 +314,9 @@ def evaluation(
         seed: Another seed.
         policy: Key, tag or RUN:slot of another policy, such as one from `cropi-training`.
         refresh: Recompute the artifact even if it exists.
+        overrides: Other settings of this step, such as `evaluation.sampling.samples=8`; fields of the form win.
+        tag: Name for the artifact, under which a run can pin it and the garbage collection keeps it.
     """
     sampling = {"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
     changes = {"evaluation": {"sampling": sampling, "seed": seed}}
-    return rerun(f"evaluation@{stage}", run, root, changes, {"policy": policy}, refresh)
+    return rerun(f"evaluation@{stage}", run, root, changes, {"policy": policy}, refresh, overrides, tag)

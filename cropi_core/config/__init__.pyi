@@ -8,4 +8,6 @@ from .loading import load_config as load_config
 from .loading import load_sections as load_sections
 from .loading import read_yaml as read_yaml
 from .overrides import changed_config as changed_config
+from .overrides import changed_sections as changed_sections
 from .overrides import override_pattern as override_pattern
+from .overrides import section_pattern as section_pattern

@@ -1,7 +1,11 @@
 """Change a configuration by overrides such as ``training.steps=40``, and describe the overrides that may be given."""
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
 
 from cropi_core.config.faults import fields_at, refuse
 from cropi_core.config.loading import apply_override, validated
@@ -29,6 +33,30 @@ def override_pattern() -> str:
     Values are checked when the run starts.
     """
     return f"^(?:{'|'.join(_names())})="
+
+
+def section_pattern(sections: Mapping[str, type[BaseModel]]) -> str:
+    """Return a regular expression that matches the overrides of some sections' fields: ``scores.metric=dot``.
+
+    Args:
+        sections: The sections, by name.
+    """
+    names = (
+        f"{name}\\.(?:{'|'.join(map(re.escape, model.model_fields))})" for name, model in sections.items()
+    )
+    return f"^(?:{'|'.join(names)})(?:\\.[^=]+)?="
+
+
+def changed_sections(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return settings with overrides applied, without validation; the last one wins.
+
+    Raises:
+        ConfigError: An override is malformed, or changes a field of a value that has none.
+    """
+    data = copy.deepcopy(dict(settings))
+    if faults := [fault for text in overrides if (fault := apply_override(data, text)) is not None]:
+        refuse("the overrides", faults)
+    return data
 
 
 def _names() -> Iterator[str]:

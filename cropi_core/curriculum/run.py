@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cropi_core.artifacts import Store, is_full
 from cropi_core.curriculum.execution import StepResult
+from cropi_core.curriculum.packages import check_packages
 from cropi_core.curriculum.slots import pin_for, slot_names
 from cropi_core.errors import ArtifactError, ConfigError, DeclinedError, WaitingError
 from cropi_core.runs import held, load_run, new_run, now, resolve_key, save_run
@@ -41,10 +42,14 @@ class Run:
 
     def _recorded(self) -> Iterator[None]:
         try:
+            filled: set[str] = set()
             with contextlib.suppress(ArtifactError):  # the record does not exist yet, or cannot be read
-                self.record.approved.update(load_run(self.store, self.record.run).approved)
+                before = load_run(self.store, self.record.run)
+                self.record.approved.update(before.approved)
+                filled |= before.slots.keys()
             self.save()
             self._check_pins()
+            check_packages(self.config, filled)
             yield
         except WaitingError as error:
             self._close("waiting", str(error))

@@ -54,3 +54,11 @@ def test_the_command_writes_the_prompts_and_overwrites_nothing(known, tmp_path, 
 def test_half_of_what_continues_a_run_is_refused(given, root):
     with pytest.raises(ConfigError, match="belong together"):
         select(config=tiny_config(), root=str(root), **given)
+
+
+def test_a_selection_takes_overrides(known, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(known, root)
+    made = select(config=tiny_config(), root=str(root), overrides=["selection.ratio=0.5"])
+    assert isinstance(made, dict)
+    assert Store(root).manifest(made["slots"]["selection@1"]["key"]).settings["selection"]["ratio"] == 0.5

@@ -71,3 +71,43 @@ def test_what_cannot_be_is_said(own_copy):
         single.scores(run="nosuch", root=str(root))
     with pytest.raises(ConfigError, match="full"):
         single.selection(run=run["run"], root=str(root), strategy="full", ratio=0.5)
+
+
+OVERRIDES = {
+    "rollouts": ["sampling.top_p=0.9"],
+    "gradients": ["projection.k=128", "objective.ratio=one"],
+    "scores": ["scores.metric=dot", "scores.rrf_k0=60"],
+    "selection": ["selection.ratio=0.5"],
+    "training": ["training.steps=3", "objective.clip_epsilon=0.3", "training.lora.r=4"],
+    "evaluation": ["evaluation.sampling.samples=3", "evaluation.seed=5"],
+}
+
+
+def fits(form: dict, value: list[str]) -> bool:
+    from prefect.utilities.schema_tools.validation import is_valid
+
+    return is_valid({"overrides": value}, {"type": "object", "properties": {"overrides": form}})
+
+
+@pytest.mark.parametrize("step", OVERRIDES)
+def test_the_form_takes_the_settings_of_its_step_and_refuses_all_others(step):
+    form = getattr(single, step).parameters.model_dump()["properties"]["overrides"]
+    assert fits(form, OVERRIDES[step])
+    others = [text for name, texts in OVERRIDES.items() if name != step for text in texts]
+    own = tuple(text.partition(".")[0] for text in OVERRIDES[step])
+    for wrong in ["", "seed=3", "stages=2", *(text for text in others if not text.startswith(own))]:
+        assert not fits(form, [wrong]), wrong
+
+
+def test_overrides_change_a_step_and_fields_of_the_form_win_and_the_tag_pins_it(own_copy):
+    root, run = own_copy
+    given = ["scores.fusion=max", "scores.metric=dot"]
+    made = single.scores(run=run["run"], root=str(root), metric="cosine", overrides=given, tag="mine")
+    store = Store(root)
+    scores = store.manifest(made["ref"]["key"]).settings["scores"]
+    assert (scores["fusion"], scores["metric"]) == ("max", "cosine")
+    assert store.tags()["mine"] == made["ref"]["key"]
+    pinned = curriculum(config=tiny_config(pin={"scores@1": "mine"}), root=str(root))
+    assert pinned["slots"]["scores@1"]["key"] == made["ref"]["key"]
+    with pytest.raises(ConfigError, match=r"scores\.rrf_top"):
+        single.scores(run=run["run"], root=str(root), overrides=["scores.rrf_top=-3"])
