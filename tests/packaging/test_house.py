@@ -25,9 +25,13 @@ FORMS = {
     "cropi_core/cli/verify_rewards.py:verify_rewards",
     "flows/command/app.py:study_command",
     "flows/curriculum.py:curriculum",
+    "flows/select.py:select",
+    "flows/single_steps.py:evaluation",
     "flows/single_steps.py:gradients",
     "flows/single_steps.py:rollouts",
     "flows/single_steps.py:scores",
+    "flows/single_steps.py:selection",
+    "flows/single_steps.py:training",
 }
 """Functions whose signature is a user's form."""
 
