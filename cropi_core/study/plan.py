@@ -72,6 +72,7 @@ def cells(study: Study, overrides: list[str] | None = None) -> list[Cell]:
                 faults.append((f"world {world}, arm {arm}", "\n    ".join(str(error).splitlines())))
                 continue
             faults += [(f"world {world}", text) for text in _wrong_targets(study.worlds[world], config)]
+            faults += [(f"world {world}, arm {arm}", text) for text in _unmeasured(config)]
     if faults:
         refuse(f"study {study.name}", faults)
     return [
@@ -79,6 +80,16 @@ def cells(study: Study, overrides: list[str] | None = None) -> list[Cell]:
         for seed in study.seeds
         for world in study.worlds
         for arm in arms
+    ]
+
+
+def _unmeasured(config: Config) -> list[str]:
+    """List what keeps a curriculum from being evaluated, and thus from being compared."""
+    if config.ends_with == "training":
+        return []
+    return [
+        f"ends_with={config.ends_with}: such a curriculum evaluates no policy, and a study compares the accuracies of "
+        "policies. Remove the field, or compare selections with `cropi compare`."
     ]
 
 

@@ -107,6 +107,12 @@ def test_a_wrong_study_is_told_with_what_was_meant(tmp_path, changes, said):
         load_study(written(tmp_path / "s.yaml", **changes))
 
 
+def test_a_study_of_curricula_that_evaluate_nothing_is_refused(tmp_path):
+    plan = load_study(written(tmp_path / "s.yaml", settings={"ends_with": "selection"}))
+    with pytest.raises(ConfigError, match="ends_with=selection: such a curriculum evaluates no policy"):
+        cells(plan)
+
+
 def test_every_wrong_arm_and_world_is_told_at_once_with_its_place(tmp_path):
     arms = {
         "full": {"settings": {"selection.strateg": "full"}},
