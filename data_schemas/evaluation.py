@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_schemas.rollouts import Engine, Sampling
 from data_schemas.section import ADVANCED, LATER, Section
@@ -15,4 +15,19 @@ class Evaluation(Section):
         default="transformers", description="What samples; as `rollouts.engine`."
     )
     sampling: Sampling = Field(default=Sampling(samples=4), description="Sampling of the evaluation.")
+    pass_at: Annotated[tuple[Annotated[int, Field(ge=1)], ...], LATER] = Field(
+        default=(),
+        description="Values of k for which pass@k is estimated, such as `[1, 4]`; at most `sampling.samples`.",
+    )
     seed: Annotated[int, ADVANCED] = Field(default=1234, description="Not the rollouts' seed.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Evaluation":
+        if (most := max(self.pass_at, default=0)) > self.sampling.samples:
+            raise ValueError(
+                f"evaluation.pass_at={most} needs {most} completions of a prompt, and evaluation.sampling.samples="
+                f"{self.sampling.samples}: raise it, or drop the value"
+            )
+        if len(set(self.pass_at)) < len(self.pass_at):
+            raise ValueError(f"evaluation.pass_at={list(self.pass_at)} names a value twice")
+        return self

@@ -6,9 +6,8 @@ bytes.
 """
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,9 @@ import pyarrow as pa
 
 from cropi_core.artifacts import write_atomic, write_parquet
 from cropi_core.errors import DataError
+from cropi_core.evaluation.intervals import effective_samples, interval
+from cropi_core.evaluation.parts import set_parts
+from cropi_core.evaluation.pass_at import set_pass_at
 from cropi_core.policy import Checkpoint
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.prompts import read_prompts
@@ -35,9 +37,6 @@ from data_schemas import EVALUATION, Evaluation, Grading, Runtime
 
 SHARD_PROMPTS = 64
 """Prompts in a shard, the most that an interruption can cost. Completions do not depend on it."""
-
-Z95 = 1.959963984540054
-"""The normal distribution's 97.5 % quantile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,9 @@ def evaluate(
         report: Receives the number of prompts done, over all sets.
 
     Returns:
-        ``{"accuracy": {set: {accuracy, low, high, prompts, completions, not_gradable}}, ...}`` and totals.
+        ``{"accuracy": {set: {accuracy, low, high, prompts, completions, not_gradable}}, ...}`` and totals, and
+        by set the accuracy of its ``parts`` (:func:`cropi_core.evaluation.parts.set_parts`). With `evaluation.pass_at`
+        each set also has ``pass_at`` (:func:`cropi_core.evaluation.pass_at.set_pass_at`).
 
     Raises:
         DataError: There is no set, or no completion of a set can be graded.
@@ -100,10 +101,17 @@ def evaluate(
             sampler=sampler,
         )
         tables, reasons = _sample_sets(sample_set, sets, files.scratch, report)
-    results = {name: set_accuracy(table, name, reasons[name]) for name, table in tables.items()}
+    results = {
+        name: set_accuracy(table, name, reasons[name], settings.pass_at) for name, table in tables.items()
+    }
     write_parquet(pa.concat_tables(tables.values()).combine_chunks(), files.completions)
     write_atomic(files.accuracy, json.dumps(results, indent=1, sort_keys=True) + "\n")
     summary = _summary(results, tables, settings)
+    parts = {
+        name: set_parts(read_prompts(path), _graded(tables[name])) for name, path in sorted(sets.items())
+    }
+    if any(parts.values()):
+        summary["parts"] = {name: some for name, some in parts.items() if some}
     if settings.engine == "vllm":
         summary["parity"] = parity_summary(
             [files.scratch / name for name in tables], policy.dtype, runtime.vllm
@@ -142,12 +150,14 @@ def _sample_sets(
 
 
 def _summary(
-    results: Mapping[str, Mapping[str, float | int]], tables: Mapping[str, pa.Table], settings: Evaluation
+    results: Mapping[str, Mapping[str, Any]], tables: Mapping[str, pa.Table], settings: Evaluation
 ) -> dict[str, Any]:
     """Summarise an evaluation for its manifest."""
-    shown = ("accuracy", "low", "high", "prompts", "completions", "not_gradable")
+    shown = ("accuracy", "low", "high", "prompts", "completions", "not_gradable", "pass_at")
     return {
-        "accuracy": {name: {key: result[key] for key in shown} for name, result in results.items()},
+        "accuracy": {
+            name: {key: result[key] for key in shown if key in result} for name, result in results.items()
+        },
         "completions": sum(table.num_rows for table in tables.values()),
         "tokens": sum(int(table["tokens"].to_numpy().sum()) for table in tables.values()),
         "samples": settings.sampling.samples,
@@ -171,28 +181,29 @@ def evaluation_table(name: str, rollouts: pa.Table) -> pa.Table:
 
 
 def set_accuracy(
-    table: pa.Table, name: str, reasons: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, float | int]:
+    table: pa.Table,
+    name: str,
+    reasons: Mapping[str, int] = MappingProxyType({}),
+    pass_at: Sequence[int] = (),
+) -> dict[str, Any]:
     """Average the rewards of one set: first over a prompt's graded completions, then over prompts.
 
     Args:
         table: The set's rows of :data:`data_schemas.tables.EVALUATION`.
         name: Name of the set, for error messages.
         reasons: Why completions are not gradable, for error messages, the most frequent first.
+        pass_at: Values of k whose pass@k is estimated.
 
     Returns:
-        ``accuracy`` with its interval ``low`` to ``high`` (:func:`interval`), ``prompts`` and ``completions``
-        of the set, ``graded_prompts`` with at least one graded completion, ``not_gradable`` completions,
-        ``mean_tokens`` of a completion, ``truncated`` share of the completions, ``effective_samples``.
+        ``accuracy`` with its interval ``low`` to ``high`` (:func:`cropi_core.evaluation.intervals.interval`),
+        ``prompts`` and ``completions`` of the set, ``graded_prompts`` with at least one graded completion,
+        ``not_gradable`` completions, ``mean_tokens`` of a completion, ``truncated`` share of the completions,
+        ``effective_samples``, and ``pass_at`` if it has values of k.
 
     Raises:
         DataError: No completion of the set can be graded, or a reward is outside [0, 1].
     """
-    groups: dict[str, list[float]] = {}
-    for row in table.select(["prompt_id", "reward"]).to_pylist():
-        group = groups.setdefault(row["prompt_id"], [])
-        if row["reward"] is not None:
-            group.append(row["reward"])
+    groups = _graded(table)
     graded = [group for group in groups.values() if group]
     if not graded:
         raise DataError(
@@ -216,57 +227,15 @@ def set_accuracy(
         "effective_samples": effective_samples(means, completions),
         "mean_tokens": float(table["tokens"].to_numpy().mean()),
         "truncated": table["finish_reason"].to_pylist().count("length") / table.num_rows,
+        **({"pass_at": set_pass_at(graded, pass_at)} if pass_at else {}),
     }
 
 
-def interval(means: np.ndarray, completions: int) -> tuple[float, float]:
-    """Return the 95 % interval of accuracy over the population that the prompts were drawn from.
-
-    Args:
-        means: (n_prompts,) mean reward of each prompt, in [0, 1].
-        completions: Graded completions of all prompts together.
-
-    References:
-        :func:`wilson` with the sample size of :func:`effective_samples`, as survey statistics does for
-        clustered samples: Korn & Graubard, Survey Methodology 24 (1998) 193-201 (with the exact interval).
-    """
-    return wilson(float(means.mean()), effective_samples(means, completions))
-
-
-def effective_samples(means: np.ndarray, completions: int) -> float:
-    """Return how many independent completions would know the accuracy as well as these, ``p(1-p) / Var(p)``.
-
-    ``p`` is the mean over prompts and ``Var(p) = s² / n_prompts`` with ``s²`` the variance of ``means`` over
-    n - 1. Completions of one prompt are alike, so this lies between the number of prompts and that of
-    completions, and is clipped to them: one completion a prompt gives the number of prompts exactly. When all
-    rewards are equal the likeness cannot be seen, and the number of prompts is taken.
-
-    Args:
-        means: (n_prompts,) mean reward of each prompt.
-        completions: Graded completions of all prompts together.
-    """
-    prompts, p = len(means), float(means.mean())
-    spread = p * (1 - p)
-    if spread <= 0 or prompts < 2:
-        return float(prompts)
-    variance = float(means.var(ddof=1)) / prompts
-    return float(np.clip(spread / variance if variance > 0 else math.inf, prompts, completions))
-
-
-def wilson(p: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion.
-
-    ``(p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)``
-
-    Args:
-        p: The proportion seen, in [0, 1].
-        n: Sample size, effective or real.
-        z: Normal quantile; 1.96 for 95 %.
-
-    References:
-        Wilson, JASA 22 (1927) 209-212; Brown, Cai & DasGupta, Statistical Science 16 (2001) 101-133, eq. 4.
-    """
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # At p = 0 and 1 rounding leaves the end a hair off; it is exactly p there.
-    return (0.0 if p == 0 else max(0.0, centre - half)), (1.0 if p == 1 else min(1.0, centre + half))
+def _graded(table: pa.Table) -> dict[str, list[float]]:
+    """Return the rewards of the graded completions by prompt; a prompt may have none."""
+    groups: dict[str, list[float]] = {}
+    for row in table.select(["prompt_id", "reward"]).to_pylist():
+        group = groups.setdefault(row["prompt_id"], [])
+        if row["reward"] is not None:
+            group.append(row["reward"])
+    return groups

@@ -44,7 +44,17 @@ from cropi_core.report.stages import (
     status_counts,
 )
 from cropi_core.report.trust import panel
-from cropi_core.runs import Artifacts, Pool, cost_grid, read_pool, selection_in_steps, slot_summaries
+from cropi_core.runs import (
+    Artifacts,
+    Detail,
+    Pool,
+    cost_grid,
+    detail_grid,
+    details,
+    read_pool,
+    selection_in_steps,
+    slot_summaries,
+)
 from data_schemas import Config, RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -94,6 +104,7 @@ def render(store: Store, record: RunRecord) -> str:
         "curves": curves,
         "figures": _learning(curves, trained),
         "rows": _rows(artifacts, curves),
+        "details": detail_grid(_details(artifacts)),
         "trained": trained,
         "left_out": len(artifacts.stages()) - len(views),
         "views": views,
@@ -127,6 +138,15 @@ def _cards(artifacts: Artifacts) -> dict[str, str]:
     slots = [slot for slot in artifacts.record.slots if slot.startswith("prompts/") and "@" not in slot]
     manifests = {slot: artifacts.manifest(slot) for slot in slots}
     return {slot: data_card(manifest) for slot, manifest in manifests.items() if manifest is not None}
+
+
+def _details(artifacts: Artifacts) -> list[Detail]:
+    """Read accuracy by source and level, and pass@k, of the evaluations that are shown."""
+    stages = [0, *shown_stages(artifacts.stages("evaluation"))]
+    summaries = [(stage, artifacts.summary(f"evaluation@{stage}")) for stage in stages]
+    return [
+        row for stage, summary in summaries for row in details(summary, stage, artifacts.config.data.test)
+    ]
 
 
 def environment() -> Environment:

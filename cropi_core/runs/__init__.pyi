@@ -1,3 +1,9 @@
+from .accuracy import Accuracy as Accuracy
+from .accuracy import Detail as Detail
+from .accuracy import accuracies as accuracies
+from .accuracy import accuracy_grid as accuracy_grid
+from .accuracy import detail_grid as detail_grid
+from .accuracy import details as details
 from .artifacts import Artifacts as Artifacts
 from .artifacts import Pool as Pool
 from .artifacts import read_pool as read_pool
@@ -27,12 +33,10 @@ from .space import RunSpace as RunSpace
 from .space import expired as expired
 from .space import run_spaces as run_spaces
 from .space import unsuccessful as unsuccessful
-from .summary import Accuracy as Accuracy
 from .summary import RunSummary as RunSummary
 from .summary import SlotSummary as SlotSummary
 from .summary import Spending as Spending
 from .summary import Tokens as Tokens
-from .summary import accuracies as accuracies
 from .summary import cost_grid as cost_grid
 from .summary import seconds_by_step as seconds_by_step
 from .summary import selection_in_steps as selection_in_steps

@@ -11,14 +11,16 @@ Reading imports neither torch nor transformers.
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.artifacts import Store
 from cropi_core.errors import ArtifactError
+from cropi_core.runs.accuracy import Accuracy, Detail, accuracies, details
 from cropi_core.runs.records import load_run, slot_ref
-from cropi_core.runs.summary import Accuracy, RunSummary, accuracies, stage_of, summarise
+from cropi_core.runs.summary import RunSummary, stage_of, summarise
 from data_schemas import ArtifactRef, Manifest, RunRecord
 
 
@@ -57,13 +59,26 @@ class Run(Mapping[str, "RunArtifact"]):
         Raises:
             ArtifactError: The manifest of an evaluation cannot be read.
         """
-        tests = self.record.config["data"].get("test", {})
+        return [row for stage, found in self._evaluations() for row in accuracies(found, stage, self._tests)]
+
+    def details(self) -> list[Detail]:
+        """Return accuracy by source and level, and pass@k, of every evaluation so far, in the order of the stages.
+
+        The list is empty for evaluations that were stored before these figures were part of their summary.
+
+        Raises:
+            ArtifactError: The manifest of an evaluation cannot be read.
+        """
+        return [row for stage, found in self._evaluations() for row in details(found, stage, self._tests)]
+
+    @property
+    def _tests(self) -> Mapping[str, Any]:
+        return self.record.config["data"].get("test", {})
+
+    def _evaluations(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """Read the summaries of the evaluations by stage."""
         stages = sorted(stage_of(slot) for slot in self if slot.startswith("evaluation@"))
-        return [
-            row
-            for stage in stages
-            for row in accuracies(self[f"evaluation@{stage}"].manifest.summary, stage, tests)
-        ]
+        return [(stage, self[f"evaluation@{stage}"].manifest.summary) for stage in stages]
 
     def summary(self) -> RunSummary:
         """Summarise the run.

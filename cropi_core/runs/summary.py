@@ -1,37 +1,13 @@
 """Summarise a run: accuracy by stage and set, selected prompts by source, artifacts and seconds.
 
-:func:`summarise` reads a run's record and the manifests that it names. :class:`Accuracy` is the only model of a
-measured accuracy: the command line, the report, the study and the events of Prefect all read it here.
+:func:`summarise` reads a run's record and the manifests that it names.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from cropi_core.formatting import percent, points
+from cropi_core.runs.accuracy import Accuracy, Detail, accuracies, details
 from data_schemas import Manifest, RunRecord, StageCheck
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy on one set under the policy after ``stage`` (0: the base), with a 95 % interval over prompts."""
-
-    set: str
-    split: str
-    stage: int
-    accuracy: float
-    low: float
-    high: float
-
-    @property
-    def text(self) -> str:
-        """The accuracy and its interval: ``62.5 % (55.8–68.8)``."""
-        return f"{percent(self.accuracy)} ({points(self.low)}–{points(self.high)})"
-
-    def overlaps(self, other: "Accuracy") -> bool:
-        """Return whether the two intervals overlap, so that the difference may be chance."""
-        return self.low <= other.high and other.low <= self.high
-
 
 PURPOSES: dict[str, str] = {"training": "training", "evaluation": "evaluation"}
 """Purpose of the steps that are not part of the selection."""
@@ -103,7 +79,12 @@ class SlotSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The results of a run; ``selected`` is the number of prompts by stage and source."""
+    """The results of a run.
+
+    Attributes:
+        selected: Number of prompts by stage and source.
+        details: Accuracy by source and level, and pass@k.
+    """
 
     run: str
     status: str
@@ -114,6 +95,7 @@ class RunSummary:
     slots: list[SlotSummary]
     checks: list[StageCheck]
     notes: list[str]
+    details: list[Detail] = field(default_factory=list)
 
 
 def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSummary:
@@ -126,16 +108,14 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
     manifests = {slot: manifest(entry.ref.key) for slot, entry in record.slots.items()}
     tests = record.config["data"].get("test", {})
     pool = manifests.get("prompts/pool")
+    evaluations = [
+        (stage_of(slot), m.summary) for slot, m in manifests.items() if slot.startswith("evaluation@")
+    ]
     return RunSummary(
         run=record.run,
         status=record.status,
         error=record.error,
-        accuracy=[
-            row
-            for slot, m in manifests.items()
-            if slot.startswith("evaluation@")
-            for row in accuracies(m.summary, stage_of(slot), tests)
-        ],
+        accuracy=[row for stage, found in evaluations for row in accuracies(found, stage, tests)],
         selected={
             stage_of(slot): {name: counts["selected"] for name, counts in m.summary["sources"].items()}
             for slot, m in manifests.items()
@@ -145,6 +125,7 @@ def summarise(record: RunRecord, manifest: Callable[[str], Manifest]) -> RunSumm
         slots=slot_summaries(record, manifests),
         checks=list(record.checks),
         notes=list(record.notes),
+        details=[row for stage, found in evaluations for row in details(found, stage, tests)],
     )
 
 
@@ -172,28 +153,6 @@ def slot_summaries(record: RunRecord, manifests: Mapping[str, Manifest]) -> list
         for slot, entry in record.slots.items()
         if slot in manifests
     ]
-
-
-def accuracies(summary: Mapping[str, Any], stage: int, tests: Collection[str] = ()) -> list[Accuracy]:
-    """List the accuracies of one evaluation, validation sets first.
-
-    Args:
-        summary: The summary in the manifest of the evaluation; without accuracies the list is empty.
-        stage: The stage that was evaluated.
-        tests: Names of the test sets; all other sets are validation sets.
-    """
-    rows = [
-        Accuracy(
-            set=name,
-            split="test" if name in tests else "validation",
-            stage=stage,
-            accuracy=measured["accuracy"],
-            low=measured["low"],
-            high=measured["high"],
-        )
-        for name, measured in summary.get("accuracy", {}).items()
-    ]
-    return sorted(rows, key=lambda row: row.split == "test")
 
 
 def stage_of(slot: str) -> int:

@@ -22,9 +22,9 @@ from cropi_core.curriculum import StepResult
 from cropi_core.diagnostics import check_grid
 from cropi_core.errors import ConfigError
 from cropi_core.progress import Progress
-from cropi_core.runs import RunSummary, cost_grid, seconds_by_step
+from cropi_core.runs import RunSummary, accuracy_grid, cost_grid, seconds_by_step
 from cropi_core.system import shown
-from flows.command.summary import SHOWN_CHECKS, accuracy_grid, selection_grid
+from flows.command.summary import SHOWN_CHECKS, selection_grid
 
 PLAIN_EVERY_S = 10.0
 
@@ -143,7 +143,7 @@ def show_summary(summary: RunSummary, stream: TextIO | None = None) -> None:
     out = stream or sys.stdout
     console = Console(file=out, width=None if out.isatty() else 200)
     for title, (header, rows) in (
-        ("Accuracy (95 % interval)", accuracy_grid(summary)),
+        ("Accuracy (95 % interval)", accuracy_grid(summary.accuracy)),
         ("Prompts trained on, by source", selection_grid(summary)),
         ("Are the scores reliable?", check_grid(summary.checks[-SHOWN_CHECKS:])),
         ("Cost by purpose", cost_grid(summary.slots)),

@@ -6,7 +6,15 @@ from urllib.parse import quote
 from cropi_core.diagnostics import check_grid
 from cropi_core.formatting import percent
 from cropi_core.markdown import code, escaped, markdown_table, wide_table
-from cropi_core.runs import RunSummary, cost_grid, seconds_by_step, shares, spending
+from cropi_core.runs import (
+    RunSummary,
+    accuracy_grid,
+    cost_grid,
+    detail_grid,
+    seconds_by_step,
+    shares,
+    spending,
+)
 from tasks.ui import KEYS, Point, lines, picture
 
 SHOWN_CHECKS = 6
@@ -19,6 +27,7 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
         "run": summary.run,
         "status": summary.status,
         "accuracy": [vars(row) for row in summary.accuracy],
+        "details": [vars(row) for row in summary.details],
         "selected_by_source": {str(stage): counts for stage, counts in summary.selected.items()},
         "pool_by_source": summary.pool,
         "seconds": {
@@ -33,18 +42,6 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
         "checks": [check.model_dump(mode="json") for check in summary.checks],
         "notes": summary.notes,
     }
-
-
-def accuracy_grid(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
-    """Arrange accuracy in a grid: one row per set, one column per stage."""
-    stages = sorted({row.stage for row in summary.accuracy})
-    header = ["set", "use", *["base" if stage == 0 else f"stage {stage}" for stage in stages]]
-    cells = {(row.set, row.stage): row.text for row in summary.accuracy}
-    sets = list(dict.fromkeys((row.set, row.split) for row in summary.accuracy))
-    sets.sort(key=lambda pair: pair[1] == "test")
-    return header, [
-        [name, split, *[cells.get((name, stage), "") for stage in stages]] for name, split in sets
-    ]
 
 
 def accuracy_points(summary: RunSummary) -> dict[str, list[Point]]:
@@ -76,7 +73,8 @@ def as_markdown(summary: RunSummary, root: str) -> str:
         title = "Accuracy by stage, 95 % interval"
         parts.append(picture(title, lines(title, accuracy_points(summary), "stage (0: the base policy)")))
     for title, fixed, (header, rows) in (
-        ("Accuracy, 95 % interval", 2, accuracy_grid(summary)),
+        ("Accuracy, 95 % interval", 2, accuracy_grid(summary.accuracy)),
+        ("Accuracy by part of a set, 95 % interval", 2, detail_grid(summary.details)),
         ("Share by source", 1, selection_grid(summary)),
         ("Are the scores reliable?", 1, check_grid(summary.checks[-SHOWN_CHECKS:])),
         ("Cost by purpose", 1, cost_grid(summary.slots)),

@@ -1,13 +1,18 @@
 import json
 import logging
+import re
 
 import pytest
+from typer.testing import CliRunner
 
 from cropi_core.artifacts.store import Store
+from cropi_core.cli.app import app
+from cropi_core.runs.accuracy import accuracy_grid
 from cropi_core.runs.records import load_run
 from cropi_core.runs.summary import shares, summarise
-from flows.command.summary import accuracy_grid, as_markdown, selection_grid
+from flows.command.summary import as_markdown, selection_grid
 from tasks import Executor
+from tests.support.paths import CHECKOUT
 from tests.support.prefect_records import spec
 
 
@@ -19,7 +24,7 @@ def summary(finished):
 
 
 def test_accuracy_is_given_before_and_after_every_stage_for_every_set(summary):
-    header, rows = accuracy_grid(summary)
+    header, rows = accuracy_grid(summary.accuracy)
     assert header == ["set", "use", "base", "stage 1"]
     assert [row[:2] for row in rows] == [["goal", "validation"], ["held_out", "test"]]
     for row in summary.accuracy:
@@ -63,3 +68,19 @@ def test_a_step_is_one_line_of_the_log(tmp_path, caplog):
     assert " prompts; computed in " in first
     assert first.endswith(made.ref.key)
     assert second == f"{first.partition(';')[0]}; found, {made.ref.key}"
+
+
+def test_the_script_of_the_page_on_accuracy_reads_a_run(finished, capsys):
+    root, result = finished
+    page = (CHECKOUT / "docs/guides/accuracy.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(script.replace("RUN", result["run"]).replace(".cropi", str(root)), {})
+    printed = capsys.readouterr().out
+    assert "1 held_out test" in printed
+    done = CliRunner().invoke(
+        app, ["runs", "accuracy", result["run"], "--parts", "--json", "--root", str(root)]
+    )
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert {row["set"] for row in shown["accuracy"]} == {"goal", "held_out"}
+    assert len(shown["details"]) == printed.count("source: ") + printed.count("level: ")

@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cropi_core.errors import DataError
-from cropi_core.evaluation.accuracy import (
-    EvaluationFiles,
-    effective_samples,
-    evaluate,
-    interval,
-    set_accuracy,
-    wilson,
-)
+from cropi_core.evaluation.accuracy import EvaluationFiles, evaluate, set_accuracy
+from cropi_core.evaluation.intervals import effective_samples, interval, wilson
 from cropi_core.policy.checkpoint import Checkpoint
 from cropi_core.progress import Progress
 from cropi_core.prompts.loading import write_prompts

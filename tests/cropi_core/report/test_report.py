@@ -336,7 +336,7 @@ def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, t
 def test_hostile_set_names_in_figures_are_text() -> None:
     from cropi_core.report.data import Curve
     from cropi_core.report.plots import learning
-    from cropi_core.runs.summary import Accuracy
+    from cropi_core.runs.accuracy import Accuracy
 
     for name in HOSTILE:
         svg = learning(

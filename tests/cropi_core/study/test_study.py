@@ -19,8 +19,8 @@ from cropi_core.artifacts.store import Store
 from cropi_core.curriculum.curriculum import run_curriculum
 from cropi_core.curriculum.execution import run_step
 from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.runs.accuracy import Accuracy
 from cropi_core.runs.records import load_run, run_id
-from cropi_core.runs.summary import Accuracy
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, common_steps, compare, headline
 from cropi_core.study.measure import Cost, Curve, Point, cost, curve
