@@ -65,10 +65,17 @@ def sampling_passes(rollouts: Rollouts, *, needs_rollouts: bool) -> list[str]:
 
 
 def full_ratio(selection: Selection) -> list[str]:
-    """Require ratio 1 for the strategy `full`."""
-    if selection.strategy == "full" and selection.ratio != 1.0:
-        return [f"selection.strategy=full selects every prompt; selection.ratio={selection.ratio} must be 1"]
-    return []
+    """Require ratio 1 and no shares for the strategy `full`."""
+    if selection.strategy != "full":
+        return []
+    faults = []
+    if selection.ratio != 1.0:
+        faults.append(
+            f"selection.strategy=full selects every prompt; selection.ratio={selection.ratio} must be 1"
+        )
+    if selection.shares:
+        faults.append("selection.strategy=full selects every prompt; drop selection.shares")
+    return faults
 
 
 def scored_once(rescore: str, rollouts: Rollouts, scores: Scores) -> list[str]:

@@ -1,8 +1,9 @@
 """The section `selection`: how a stage selects its prompts."""
 
+from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_schemas.section import LATER, Section
 
@@ -26,6 +27,17 @@ class Selection(Section):
     pass_rate_target: float = Field(
         default=0.5, ge=0, le=1, description="`pass_rate`: the preferred pass rate."
     )
+    shares: Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], LATER] = Field(
+        default_factory=dict,
+        description="Fixed share of the selection by source of the prompts, such as `{algebra: 0.5}`; other sources "
+        "share the rest.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Selection":
+        if (total := sum(Fraction(str(share)) for share in self.shares.values())) > 1:
+            raise ValueError(f"selection.shares add up to {float(total):g}, more than 1: lower some of them")
+        return self
 
     def at(self, stage: int) -> "Selection":
         """Return the settings of one stage, counted from 1."""

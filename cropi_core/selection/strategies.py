@@ -28,6 +28,7 @@ from cropi_core.errors import ConfigError, SelectionError
 from cropi_core.scores import order, tie_keys
 from cropi_core.selection.belief import read_belief
 from cropi_core.selection.evidence import TOO_FEW, Evidence, believed, gather, read_columns
+from cropi_core.selection.shares import share_sizes, take
 from cropi_core.selection.texts import similarity_to_targets
 from cropi_core.statistics import pass_rate_counts
 from data_schemas import SELECTION, Selection
@@ -61,12 +62,14 @@ def select(
         targets: Prompts tables of the validation sets, by name; ``text_similarity`` needs them.
 
     Returns:
-        A summary in JSON types; ``short_by`` is the number of prompts missing because too few are eligible.
+        A summary in JSON types; ``short_by`` is the number of prompts missing because too few are eligible, ``shares``
+        the number of prompts that `selection.shares` asks for, by source.
 
     Raises:
         ConfigError: The strategy is unknown, or an input that it needs is missing.
         DataError: A table does not have the columns of its format.
-        SelectionError: Scores or rollouts belong to other prompts than the pool, or no prompt is eligible.
+        SelectionError: Scores or rollouts belong to other prompts than the pool, or no prompt is eligible, or the pool
+            has no prompt of a source in `selection.shares`.
     """
     check_inputs(settings.strategy, scores, rollouts, prompts if targets else None)
     if settings.strategy != "random":  # a rerun may replace the random strategy
@@ -87,7 +90,8 @@ def select(
         )
     n = len(keys)
     size = subset_size(settings.ratio, n) if settings.strategy != "full" else n
-    selected, rank = _choose(best, size, n)
+    chosen = take(best, pool.column("source").to_pylist(), size, settings.shares)
+    selected, rank = _marked(best, chosen, n)
     explanations = reasons(evidence, settings, rank, selected, fallback)
     write_parquet(_table(evidence, values, rank, selected, explanations), out)
     return {
@@ -98,14 +102,15 @@ def select(
         "eligible": len(best),
         "selected": int(selected.sum()),
         "short_by": size - int(selected.sum()),
+        **({"shares": share_sizes(settings.shares, size)} if settings.shares else {}),
         **_counts(evidence, pool, selected),
     }
 
 
-def _choose(best: np.ndarray, size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mark the first ``size`` of the eligible positions; return ``(n,)`` selected, and ranks from 1, 0 for the rest."""
+def _marked(best: np.ndarray, chosen: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mark the chosen positions; return ``(n,)`` selected, and ranks from 1 of the eligible ones, 0 for the rest."""
     selected, rank = np.zeros(n, dtype=bool), np.zeros(n, dtype=np.int32)
-    selected[best[:size]] = True
+    selected[chosen] = True
     rank[best] = np.arange(1, len(best) + 1)
     return selected, rank
 
