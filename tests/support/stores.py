@@ -8,24 +8,26 @@ from data_schemas.records import Manifest
 from data_schemas.steps import artifact_key
 
 
-def publish(store, files=None, kind="prompts", settings=None, inputs=None, summary=None):
+def publish(
+    store, files=None, kind="prompts", settings=None, inputs=None, summary=None, step=None, seconds=0
+):
     """Publish an artifact like a step does."""
     key = artifact_key(kind, 1, settings or {}, inputs or {})
     work = store.workspace(key)
     for name, text in (files or {"data/a.txt": "one", "b.txt": "two"}).items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(text)
+        (work / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     entries = file_entries(work)
     manifest = Manifest(
         kind=kind,
         key=key,
         digest=content_digest(entries),
-        step=kind,
+        step=step or kind,
         inputs=inputs or {},
         settings=settings or {},
         files=entries,
         summary=summary or {},
-        seconds=0,
+        seconds=seconds,
         device="",
         **provenance(),
     )
