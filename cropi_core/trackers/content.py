@@ -188,7 +188,7 @@ def _cost(summary: RunSummary) -> dict[str, float]:
     """Return tokens and seconds of the whole run by purpose."""
     return {
         f"cost/{purpose}/{name}": value
-        for purpose, one in spending(summary).items()
+        for purpose, one in spending(summary.slots).items()
         for name, value in (vars(one.tokens) | {"seconds": one.seconds}).items()
     }
 
