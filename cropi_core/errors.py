@@ -6,7 +6,7 @@ wrong command or configuration, 1 for a failure of the work itself.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -78,7 +78,9 @@ class ServerError(CropiError, RuntimeError):
 
 
 @contextlib.contextmanager
-def foreign_errors(what: object, kind: type[CropiError] = DataError, remedy: str = "") -> Iterator[None]:
+def foreign_errors(
+    what: object, kind: type[CropiError] = DataError, remedy: str | Callable[[Exception], str] = ""
+) -> Iterator[None]:
     """Turn any exception of the block, in which a library reads an untrusted file, into an error of cropi.
 
     Libraries raise exceptions of many classes for a damaged file: pyarrow alone ``ArrowInvalid``, ``OSError``,
@@ -87,7 +89,7 @@ def foreign_errors(what: object, kind: type[CropiError] = DataError, remedy: str
     Args:
         what: The file and what was tried: ``pool.parquet cannot be read as Parquet``.
         kind: Class of the error.
-        remedy: What the user can do, if that is known.
+        remedy: What the user can do, if that is known; a function, where it depends on the exception.
 
     Raises:
         CropiError: Of the class ``kind``; one that the block raises passes unchanged.
@@ -97,13 +99,33 @@ def foreign_errors(what: object, kind: type[CropiError] = DataError, remedy: str
     except CropiError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {reason(error)}{'. ' if remedy else ''}{remedy}") from error
+        advice = remedy(error) if callable(remedy) else remedy
+        raise kind(f"{what}: {reason(error)}{'. ' if advice else ''}{advice}") from error
+
+
+@contextlib.contextmanager
+def recorded_errors(what: object, record: Callable[[str], object]) -> Iterator[None]:
+    """Record any exception of the block, in which a library reads an untrusted file, and continue after the block.
+
+    Args:
+        what: The file and what was tried.
+        record: Receives the message.
+    """
+    try:
+        with foreign_errors(what):
+            yield
+    except CropiError as error:
+        record(str(error))
 
 
 def reason(error: BaseException) -> str:
     """Return the message of a library's exception, with its class where the message alone says nothing."""
     text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())[:MOST_REASON]
-    named = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and len(text) > 10
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"the field {text} is missing"
+    explained = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    explained |= type(error).__module__.startswith("yaml.")
+    named = explained and len(text) > 10
     return text if named else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

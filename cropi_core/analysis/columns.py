@@ -47,11 +47,11 @@ def trajectories(artifacts: Artifacts, slot: str, ids: list[str]) -> tuple[np.nd
         return unknown, unknown
     columns = {"prompt_id": ds.field("prompt_id"), "reward": ds.field("reward")}
     columns["tokens"] = pc.list_value_length(ds.field("completion_ids"))
-    try:
+    table = None
+    with artifacts.recorded_problems(slot, "rollouts cannot be read"):
         files = [str(file) for file in sorted(path.glob("part-*.parquet"))]
         table = ds.dataset(files, format="parquet").to_table(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        artifacts.problem(slot, f"rollouts cannot be read: {error}")
+    if table is None:
         return unknown, unknown
     means = table.group_by("prompt_id").aggregate([("reward", "mean"), ("tokens", "mean")])
     names = means["prompt_id"].to_pylist()
@@ -185,13 +185,10 @@ def _texts(artifacts: Artifacts, slot: str) -> Iterator[tuple[list[str], list[st
     path = artifacts.path(slot, PROMPTS_FILE)
     if path is None:
         return
-    try:
-        with pq.ParquetFile(path) as file:
-            if lacking := sorted({"prompt_id", "messages"} - set(file.schema_arrow.names)):
-                artifacts.problem(slot, f"{path.name} lacks the columns {', '.join(lacking)}")
-                return
-            for batch in file.iter_batches(BATCH, columns=["prompt_id", "messages"]):
-                names, conversations = batch["prompt_id"].to_pylist(), batch["messages"].to_pylist()
-                yield names, [prompt_text(messages) for messages in conversations]
-    except (pa.ArrowInvalid, OSError) as error:
-        artifacts.problem(slot, f"prompts cannot be read: {error}")
+    with artifacts.recorded_problems(slot, "prompts cannot be read"), pq.ParquetFile(path) as file:
+        if lacking := sorted({"prompt_id", "messages"} - set(file.schema_arrow.names)):
+            artifacts.problem(slot, f"{path.name} lacks the columns {', '.join(lacking)}")
+            return
+        for batch in file.iter_batches(BATCH, columns=["prompt_id", "messages"]):
+            names, conversations = batch["prompt_id"].to_pylist(), batch["messages"].to_pylist()
+            yield names, [prompt_text(messages) for messages in conversations]

@@ -2,6 +2,7 @@ from .below import opened as opened
 from .below import size_below as size_below
 from .bounded import read_open_table as read_open_table
 from .bounded import read_table as read_table
+from .bounded import refuse_pointer as refuse_pointer
 from .cache import evict as evict
 from .keys import content_digest as content_digest
 from .keys import file_entries as file_entries

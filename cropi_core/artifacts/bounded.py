@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cropi_core.errors import DataError, foreign_errors
+from cropi_core.errors import CropiError, DataError, foreign_errors
 
 MOST_TEXT = 4 << 30
 """Maximum bytes of a text file after decompression."""
@@ -27,6 +27,25 @@ ROWS_FREE = 1 << 16
 BATCH_ROWS = 256
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""Beginning of a file whose content Git LFS has left on its server."""
+
+
+def refuse_pointer(path: Path, kind: type[CropiError] = DataError) -> None:
+    """Refuse a file of Git LFS that only names its content, which any reader would call damaged.
+
+    Raises:
+        CropiError: Of the class ``kind``: the file is a pointer.
+    """
+    with foreign_errors(f"{path} cannot be read", kind), path.open("rb") as stream:
+        beginning = stream.read(len(POINTER))
+    if beginning == POINTER:
+        raise kind(
+            f"{path} is a pointer of Git LFS, not the file itself: it was cloned without its content. Run "
+            "`git lfs pull` in that repository, or download the file again"
+        )
+
+
 def text_chunks(path: Path) -> Iterator[bytes]:
     """Read a text file in chunks; decompress it if its name ends in ``.gz`` or ``.zst``.
 
@@ -36,7 +55,8 @@ def text_chunks(path: Path) -> Iterator[bytes]:
     Raises:
         DataError: It cannot be read, or unpacks to more than its bound.
     """
-    size = path.stat().st_size if path.exists() else 0
+    refuse_pointer(path)
+    size = path.stat().st_size
     packed = path.suffix in PACKED
     most = min(MOST_TEXT, PACKED_FREE + PACKED_RATIO * size) if packed else MOST_TEXT
     if packed:
@@ -79,6 +99,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         DataError: It is not a Parquet file, is damaged, or unpacks to more than its bound.
     """
     # ParquetFile instead of read_table: a path such as a=1/x.parquet must not become a partition column.
+    refuse_pointer(path)
     with (
         foreign_errors(f"{path} cannot be read as Parquet"),
         path.open("rb") as stream,

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cropi_core.artifacts.keys import is_full
-from cropi_core.errors import ArtifactError, ConfigError, CropiError
+from cropi_core.errors import ArtifactError, ConfigError, foreign_errors
 
 AT_ONCE = 8
 """Number of files transferred at the same time; fsspec itself sends the parts of a large file in parallel."""
@@ -91,14 +91,14 @@ class Objects:
     @property
     def _fs(self) -> Any:
         """Return the file system; fsspec keeps one per process, and creates another after a fork."""
-        try:
+        with foreign_errors(
+            f"root {self.url} needs a package that is not installed",
+            ConfigError,
+            "For s3:// install it with `pip install 'cropi[s3]'`",
+        ):
             import fsspec
 
             return fsspec.filesystem(urlsplit(self.url).scheme, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"root {self.url} needs a package that is not installed ({error}); for s3://: pip install 'cropi[s3]'"
-            ) from error
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}".partition("://")[2]
@@ -106,15 +106,9 @@ class Objects:
     @contextlib.contextmanager
     def _converted_errors(self, action: str) -> Iterator[None]:
         """Convert the exceptions of a file system, which have no common base class, into an error with advice."""
-        try:
+        remedy = lambda error: f"{advice(error)} (docs/guides/s3-storage.md)"  # noqa: E731
+        with foreign_errors(f"{action} at {self.url} failed", ArtifactError, remedy):
             yield
-        except CropiError:
-            raise
-        except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise ArtifactError(
-                f"{action} at {self.url} failed ({detail}); {advice(error)} (docs/guides/s3-storage.md)"
-            ) from error
 
     def list(self, place: str) -> dict[str, Listed]:
         """List the objects below ``place`` by names relative to it; one request per thousand objects."""
@@ -207,15 +201,15 @@ def modified(info: dict[str, Any]) -> float:
 def advice(error: Exception) -> str:
     """Return advice for an exception of a file system."""
     if is_full(error):
-        return "this machine has no room for the copy: `cropi artifacts gc --cache --keep-gb 0` makes some"
+        return "This machine has no room for the copy: `cropi artifacts gc --cache --keep-gb 0` makes some"
     if isinstance(error, PermissionError):
-        return "the credentials must be valid, and allowed to list, read, write and delete there"
+        return "The credentials must be valid, and allowed to list, read, write and delete there"
     if isinstance(error, FileNotFoundError):
-        return "make the bucket first, or mend its name"
+        return "Make the bucket first, or correct its name"
     if "Credential" in type(error).__name__:
-        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     return (
-        "see that the server answers there (AWS_ENDPOINT_URL, the network); complete files are kept; run the same "
+        "Check that the server answers there (AWS_ENDPOINT_URL, the network); complete files are kept; run the same "
         "command again to resume"
     )
 

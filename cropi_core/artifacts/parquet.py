@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cropi_core.artifacts.bounded import MOST_TEXT, PACKED, read_table, text_chunks
-from cropi_core.errors import ConfigError, DataError
+from cropi_core.artifacts.bounded import MOST_TEXT, PACKED, read_table, refuse_pointer, text_chunks
+from cropi_core.errors import ConfigError, DataError, foreign_errors, recorded_errors
 
 JSONL = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
@@ -156,6 +157,7 @@ def table_format(path: Path) -> str:
         raise ConfigError(
             f"{path} is not a file; relative paths are taken from the current directory {Path.cwd()}"
         )
+    refuse_pointer(path)
     return format_name
 
 
@@ -252,7 +254,9 @@ def read_json(path: Path, faults: Faults | None = None) -> list[dict[str, Any]]:
     """
     collector, rows = Faults(str(path)) if faults is None else faults, []
     text = read_text(path)
-    try:
+    with foreign_errors(
+        f"{path} is not a JSON list", remedy="A file with one object a line is called .jsonl"
+    ):
         for number, (row, fault) in enumerate(_items(text), 1):
             if fault:
                 collector.add(fault, number)
@@ -260,8 +264,6 @@ def read_json(path: Path, faults: Faults | None = None) -> list[dict[str, Any]]:
                 raise DataError(f"{path} holds no list of objects: item {number} is {type(row).__name__}")
             else:
                 rows.append(row)
-    except (json.JSONDecodeError, RecursionError, MemoryError) as error:
-        raise DataError(f"{path} is not a JSON list ({error}); one object a line is called .jsonl") from error
     if faults is None:
         collector.check()
     return rows
@@ -306,18 +308,15 @@ def parquet_rows(path: Path) -> list[dict[str, Any]]:
     """
     table = read_parquet(path)
     check_field_names(table.schema, str(path))
-    try:
+    unread: list[str] = []
+    with recorded_errors(f"{path} cannot be read", unread.append):
         return table.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        fault = str(error)[:200]
     faults = Faults(str(path))
-    for number in range(table.num_rows):
-        try:
-            table.slice(number, 1).to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException) as error:
-            faults.add(f"a value cannot be read: {str(error)[:120]}", number + 1)
+    for number in range(1, table.num_rows + 1):
+        with recorded_errors("a value cannot be read", partial(faults.add, row=number)):
+            table.slice(number - 1, 1).to_pylist()
     faults.check()
-    raise DataError(f"{path} cannot be read: {fault}")
+    raise DataError(unread[0])
 
 
 def check_field_names(schema: pa.Schema, what: str) -> None:

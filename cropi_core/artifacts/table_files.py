@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from cropi_core.artifacts.parquet import (
     table_format,
     text_name,
 )
-from cropi_core.errors import ConfigError, foreign_errors
+from cropi_core.errors import ConfigError, foreign_errors, recorded_errors
 
 pc: Any = pyarrow.compute  # its functions are created at import time; type checkers do not see them
 BATCH = 1 << 17
@@ -205,19 +206,18 @@ def arrow_batch(
         if len(first) < batch.num_rows:
             batch = batch.take(pa.array(first))
     numbers = (first + start + 1).tolist()
-    try:
-        with _no_collection():
-            return Batch(batch.to_pylist(), numbers, counts.tolist(), name)
-    except (ValueError, OverflowError, pa.ArrowException):
-        pass  # a timestamp outside Python's range, or bytes that are not UTF-8: find the rows
+    unread: list[
+        str
+    ] = []  # a timestamp can be outside Python's range, bytes need not be UTF-8: then find the rows
+    with recorded_errors(name, unread.append), _no_collection():
+        return Batch(batch.to_pylist(), numbers, counts.tolist(), name)
     values, kept = [], []
     for i, number in enumerate(numbers):
-        try:
+        place = f"{name}:{number}" if name else number
+        record = partial(faults.add, row=place, count=int(counts[i]))
+        with recorded_errors("a value cannot be read", record):
             values.append(batch.slice(i, 1).to_pylist()[0])
             kept.append(i)
-        except (ValueError, OverflowError, pa.ArrowException) as error:
-            place = f"{name}:{number}" if name else number
-            faults.add(f"a value cannot be read: {str(error)[:120]}", place, int(counts[i]))
     return Batch(values, [numbers[i] for i in kept], counts[kept].tolist(), name)
 
 

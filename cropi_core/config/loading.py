@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cropi_core.config.faults import Fault, Location, describe, near, refuse, show
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, foreign_errors
 from data_schemas import Config, Data, Section, Source
 
 PRESETS = (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
@@ -116,7 +116,8 @@ def parse_yaml(text: str) -> Any:
     341 bytes of nested aliases can expand to billions of values, which block any code that iterates over them.
 
     Raises:
-        yaml.YAMLError: It is not YAML, a value does not match its type, or it has more than ``MOST_VALUES`` values.
+        yaml.YAMLError: It is not YAML, nests too deeply, or has more than ``MOST_VALUES`` values.
+        ValueError, OverflowError: A date or a number has a value that Python cannot represent.
     """
     loader = _Loader(text)
     try:
@@ -125,8 +126,6 @@ def parse_yaml(text: str) -> Any:
             return None
         _count(root, {}, ())
         return loader.construct_document(root)
-    except (ValueError, OverflowError) as error:  # a date or a number that Python cannot represent
-        raise yaml.YAMLError(str(error)) from error
     except RecursionError:
         raise yaml.YAMLError("it nests too deeply") from None
     finally:
@@ -155,10 +154,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, is not YAML, or is not a mapping; the message gives the line.
     """
-    try:
+    with foreign_errors(f"{path} cannot be read as YAML", ConfigError):
         data = parse_yaml(_text(path))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, a configuration is a mapping of sections")
     return data
@@ -179,9 +176,10 @@ def apply_override(data: dict[str, Any], text: str) -> Fault | None:
     if not equals or not all(parts):
         return text, "an override is written section.field=value"
     try:
-        value = parse_yaml(raw)
-    except yaml.YAMLError as error:
-        return text, f"the value is not YAML: {' '.join(str(error).split())}"
+        with foreign_errors("the value is not YAML", ConfigError):
+            value = parse_yaml(raw)
+    except ConfigError as error:
+        return text, str(error)
     node = data
     for depth, part in enumerate(parts[:-1], 1):
         if node.get(part) is None:

@@ -22,13 +22,14 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import zarr
 
-from cropi_core.errors import ArtifactError, DataError
+from cropi_core.errors import ArtifactError, DataError, foreign_errors
 from cropi_core.gradients.layout import (
     COLUMNS,
     RESERVED,
@@ -294,23 +295,19 @@ class GradientStore:
             return self._read(self._features, slice(start, stop))
         out = np.empty((stop - start, self.k), dtype=self.dtype)
         live = self.column("scale")[start:stop] != 0
-        try:
+        with self._readable("features"):
             read_rows(self._shard_file, start, live, self._layout, out)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise self._damaged("features", error) from error
         return out
 
     def _array(self, name: str) -> zarr.Array:
         return cast(zarr.Array, self._group[name])
 
     def _read(self, array: zarr.Array, rows: slice) -> np.ndarray:
-        try:
+        with self._readable(array.path):
             return np.asarray(array[rows])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise self._damaged(array.path, error) from error
 
-    def _damaged(self, name: str, error: Exception) -> ArtifactError:
-        return ArtifactError(f"{self.path}/{name} is damaged: {error}. Compute the gradients again")
+    def _readable(self, name: str) -> AbstractContextManager[None]:
+        return foreign_errors(f"{self.path}/{name} is damaged", ArtifactError, "Compute the gradients again")
 
     def _marker(self, shard: int) -> Path:
         self.shard_rows(shard)

@@ -28,7 +28,7 @@ from cropi_core.artifacts import (
     write_parquet,
 )
 from cropi_core.curriculum import publish_import
-from cropi_core.errors import ArtifactError, ConfigError, DataError, PolicyError, in_one_line
+from cropi_core.errors import ArtifactError, ConfigError, DataError, PolicyError, foreign_errors, in_one_line
 from cropi_core.importing.checks import Columns, check_rollouts, check_scores, check_selection, read_columns
 from data_schemas import ArtifactRef, Kind, Sampling, TableSource
 
@@ -148,10 +148,8 @@ def _read_parts(path: Path) -> tuple[Columns, dict[bytes, bytes]]:
     names = list(parts[0][0])
     if any(list(columns) != names for columns, _ in parts):
         raise DataError(f"the parts of {path} differ in their columns")
-    try:
+    with foreign_errors(f"the parts of {path} differ in their types"):
         merged = {n: pa.chunked_array([c for columns, _ in parts for c in columns[n].chunks]) for n in names}
-    except (pa.ArrowInvalid, TypeError) as error:
-        raise DataError(f"the parts of {path} differ in their types: {error}") from error
     return merged, parts[0][1]
 
 

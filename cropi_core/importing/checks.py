@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cropi_core.artifacts import Faults, check_suffix, read_jsonl, read_parquet
+from cropi_core.errors import recorded_errors
 from data_schemas import ROLLOUTS, SCORE_FIXED, SELECTION, STATUSES, scores_schema
 
 pc: Any = pyarrow.compute  # its functions are created at import time, so type checkers do not see them
@@ -70,21 +71,20 @@ def _column(values: Any, field: pa.Field, faults: Faults) -> pa.Array:
     if isinstance(values, list):
         wrong = [i for i, value in enumerate(values, 1) if not _fits(value, field.type)]
         faults.add_rows(f"{field.name} is not of type {field.type}", wrong)
-        try:
-            array = empty if wrong else pa.array(values, field.type)
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-            # an integer beyond the type's exact range, an unpaired surrogate
-            faults.add(f"{field.name} does not fit {field.type}: {str(error)[:120]}")
+        array = empty if wrong else None
+        if (
+            array is None
+        ):  # an integer can be beyond the type's exact range, a text can hold an unpaired surrogate
             array, wrong = empty, [0]
+            with recorded_errors(f"{field.name} does not fit {field.type}", faults.add):
+                array, wrong = pa.array(values, field.type), []
     elif not _castable(values.type, field.type):
         faults.add(f"{field.name} is {values.type}, not {field.type}")
         array, wrong = empty, [0]
     else:
-        try:
+        array, wrong = empty, [0]
+        with recorded_errors(f"{field.name} is not of type {field.type}", faults.add):
             array, wrong = pc.cast(values, field.type).combine_chunks(), []
-        except pa.ArrowException as error:
-            faults.add(f"{field.name} is not of type {field.type}: {error}")
-            array, wrong = empty, [0]
     if not wrong and not field.nullable:
         faults.add_rows(f"{field.name} is null", _rows(pc.is_null(array)))
     if not wrong and pa.types.is_list(field.type):

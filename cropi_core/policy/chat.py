@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cropi_core.errors import ConfigError, PolicyError
+from cropi_core.errors import ConfigError, PolicyError, foreign_errors
 from cropi_core.policy.checkpoint import read_settings
 from cropi_core.policy.template_operators import WIDEST, limit_operators, unbounded_filters
 from data_schemas import Chat
@@ -62,10 +62,8 @@ def chat_settings(chat: Chat) -> dict[str, Any]:
             )
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"policy.chat.template: {path} has more than {LARGEST >> 20} MB")
-        try:
+        with foreign_errors(f"policy.chat.template: {path} cannot be read as UTF-8", ConfigError):
             template = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"policy.chat.template: {path} is not UTF-8: {error}") from error
     return {"template": template, "arguments": chat.arguments}
 
 
@@ -200,7 +198,7 @@ def check_template(template: str, where: str) -> None:
     Raises:
         PolicyError: It is too long, is not a template, or pads to a width that is not constant.
     """
-    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2 import Environment, nodes
     from jinja2.ext import Extension
 
     limit_operators()
@@ -220,12 +218,9 @@ def check_template(template: str, where: str) -> None:
         raise PolicyError(
             f"{where}: the chat template has {len(template):,} characters; at most {LARGEST:,} are read"
         )
-    try:
-        tree = Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols", Generation]).parse(
-            template
-        )
-    except (TemplateSyntaxError, RecursionError) as error:
-        raise PolicyError(f"{where}: the chat template cannot render anything: {str(error)[:200]}") from error
+    environment = Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    with foreign_errors(f"{where}: the chat template cannot render anything", PolicyError):
+        tree = environment.parse(template)
     for line, name in unbounded_filters(tree):
         raise PolicyError(
             f"{where}: line {line} of the chat template calls {name}, whose result can have any size. Write the text "
@@ -303,24 +298,22 @@ def refused_messages(roles: Sequence[str], where: str = "") -> Iterator[None]:
     Raises:
         PolicyError: The template raised something.
     """
-    try:
+    what = f"{where}the chat template cannot render messages of the roles {', '.join(roles)}"
+    with foreign_errors(what, PolicyError, lambda error: _template_remedy(error, roles)):
         yield
-    except PolicyError:
-        raise
-    except Exception as error:
-        from jinja2 import TemplateAssertionError, UndefinedError
 
-        reason, names = f"{type(error).__name__}: {error}"[:200], ", ".join(roles)
-        remedy = "set policy.chat.template to one that accepts them"
-        if isinstance(error, TemplateAssertionError):
-            remedy = "it was written for another program; set policy.chat.template"
-        elif isinstance(error, UndefinedError):
-            remedy = "set what it needs in policy.chat.arguments, or set policy.chat.template"
-        elif "system" in roles:
-            remedy = (
-                "leave the system message out, put its text before the question (`system` and `template` of the set), "
-                "or set policy.chat.template"
-            )
-        raise PolicyError(
-            f"{where}the chat template cannot render messages of the roles {names} ({reason}): {remedy}"
-        ) from error
+
+def _template_remedy(error: Exception, roles: Sequence[str]) -> str:
+    """Return what to do about an exception that a chat template raised."""
+    from jinja2 import TemplateAssertionError, UndefinedError
+
+    if isinstance(error, TemplateAssertionError):
+        return "It was written for another program; set policy.chat.template"
+    if isinstance(error, UndefinedError):
+        return "Set what it needs in policy.chat.arguments, or set policy.chat.template"
+    if "system" in roles:
+        return (
+            "Leave the system message out, put its text before the question (`system` and `template` of the set), "
+            "or set policy.chat.template"
+        )
+    return "Set policy.chat.template to one that accepts them"

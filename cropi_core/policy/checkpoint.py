@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cropi_core.artifacts import file_sha256, parse_json
+from cropi_core.artifacts import file_sha256, parse_json, refuse_pointer
 from cropi_core.errors import PolicyError, foreign_errors
 
 MOST_JSON = 4 << 20
@@ -81,13 +81,12 @@ def resolve_checkpoint(path: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    try:
+    with foreign_errors(
+        f"policy.path={path!r} is not a directory here and could not be fetched from the hub",
+        PolicyError,
+        "Check the name, the network and HF_HUB_OFFLINE",
+    ):
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
-    except Exception as error:  # the hub client raises a dozen unrelated classes; all mean "not to be had"
-        raise PolicyError(
-            f"policy.path={path!r} is not a directory here and could not be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network and HF_HUB_OFFLINE"
-        ) from error
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -112,6 +111,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
             "model that it was trained from into it"
         )
     for path in files:
+        refuse_pointer(path, PolicyError)
         _check_size(path)
     config = read_settings(directory / "config.json")
     if "model_type" not in config:

@@ -246,13 +246,13 @@ def _end_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> No
     configuration: Any = model.generation_config
     if configuration is None:
         return
-    try:
+    with foreign_errors(
+        f"{model.name_or_path}: eos_token_id={configuration.eos_token_id!r} in generation_config.json is not a "
+        "token id or a list of them",
+        PolicyError,
+        "Correct it",
+    ):
         ends, end = end_tokens(model, tokenizer), turn_end(tokenizer)
-    except (TypeError, ValueError) as error:
-        raise PolicyError(
-            f"{model.name_or_path}: eos_token_id={configuration.eos_token_id!r} in generation_config.json is not a "
-            "token id or a list of them; correct it"
-        ) from error
     if end not in ends:
         configuration.eos_token_id = [*ends, end]
 

@@ -7,15 +7,16 @@ The state is stored in float32, eight bytes a parameter, so that a continued sta
 It is next to the second moments, in a directory that no program reads as weights.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cropi_core.errors import PolicyError
+from cropi_core.errors import PolicyError, foreign_errors
 
 STATE = Path("optimizer") / "state.safetensors"
 """Path of the state in a checkpoint directory."""
@@ -61,23 +62,25 @@ def restore_state(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> i
         return 0
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     steps = 0
-    try:
-        with safe_open(path, framework="pt") as file:
+    with contextlib.ExitStack() as stack:
+        with _readable(path):
+            file = stack.enter_context(safe_open(path, framework="pt"))
             keys = set(file.keys())
-            for name, parameter in model.named_parameters():
-                if id(parameter) not in trained:
-                    continue
-                moments = {part: _part(file, keys, f"{part}/{name}", path) for part in PARTS}
-                for part in ("exp_avg", "exp_avg_sq"):
-                    _check_shape(moments[part], parameter, f"{part}/{name}", path)
-                    moments[part] = moments[part].to(parameter.device, parameter.dtype)
-                optimizer.state[parameter] = moments
-                steps = max(steps, int(moments["step"]))
-    except SafetensorError as error:
-        raise PolicyError(
-            f"{path} is not a safetensors file ({error}); train the stage again, or set training.optimizer_state=fresh"
-        ) from error
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in trained:
+                continue
+            moments = {part: _part(file, keys, f"{part}/{name}", path) for part in PARTS}
+            for part in ("exp_avg", "exp_avg_sq"):
+                _check_shape(moments[part], parameter, f"{part}/{name}", path)
+                moments[part] = moments[part].to(parameter.device, parameter.dtype)
+            optimizer.state[parameter] = moments
+            steps = max(steps, int(moments["step"]))
     return steps
+
+
+def _readable(path: Path) -> contextlib.AbstractContextManager[None]:
+    remedy = "Train the stage again, or set training.optimizer_state=fresh"
+    return foreign_errors(f"{path} is not a safetensors file", PolicyError, remedy)
 
 
 def _part(file: safe_open, keys: set[str], key: str, path: Path) -> Tensor:
@@ -86,7 +89,8 @@ def _part(file: safe_open, keys: set[str], key: str, path: Path) -> Tensor:
             f"{path} has no {key}: it was saved by a stage that trained other parameters; train that stage again, or "
             "set training.optimizer_state=fresh"
         )
-    return file.get_tensor(key)
+    with _readable(path):
+        return file.get_tensor(key)
 
 
 def _check_shape(value: Tensor, parameter: nn.Parameter, key: str, path: Path) -> None:

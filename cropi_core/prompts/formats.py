@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from cropi_core.artifacts import read_jsonl, read_parquet, write_parquet
-from cropi_core.errors import ConfigError, DataError
+from cropi_core.errors import ConfigError, DataError, foreign_errors
 from cropi_core.prompts.rows import Row, checked_rows
 from cropi_core.prompts.taskset import package_files
 from data_schemas import ALTERNATIVE, MESSAGE, PromptFormat
@@ -147,20 +147,14 @@ def read_format(path: Path, layout: PromptFormat) -> list[Row]:
     records = read_jsonl(file) if read.schema is None else read_parquet(file).to_pylist()
     rows: list[Row] = []
     for number, record in enumerate(records, 1):
-        try:
+        with foreign_errors(
+            f"{file}, row {number} is not of the format {layout} as cropi writes it",
+            remedy="Export it again, or read a foreign file with `cropi artifacts import prompts` and its columns",
+        ):
             rows.append(read.decode(record))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{file}, row {number} is not of the format {layout} as cropi writes it: {_reason(error)}. Export it "
-                "again, or read a foreign file with `cropi artifacts import prompts` and its columns"
-            ) from error
     if not rows:
         raise DataError(f"{file} holds no prompts")
     return checked_rows(rows, str(file))
-
-
-def _reason(error: Exception) -> str:
-    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _line(record: dict[str, Any]) -> str:

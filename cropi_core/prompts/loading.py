@@ -166,15 +166,12 @@ def _hub_table(source: TableSource) -> pa.Table:
         raise ConfigError(
             f"{source.path}: hub datasets need the package `datasets`: pip install 'cropi[train]'"
         ) from error
-    try:
+    with foreign_errors(
+        f"hub dataset {source.path!r} (subset {source.subset}, split {source.split}) cannot be loaded",
+        remedy="Offline, export it to Parquet elsewhere and use kind: file",
+    ):
         data = datasets.load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
         table: pa.Table = data.with_format("arrow")[:]  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception as error:
-        # datasets passes on exceptions of httpx, fsspec, pyarrow and its builders; all mean that loading failed
-        raise DataError(
-            f"hub dataset {source.path!r} (subset {source.subset}, split {source.split}) cannot be loaded: "
-            f"{type(error).__name__}: {error}. Offline, export it to Parquet elsewhere and use kind: file"
-        ) from error
     check_field_names(table.schema, source.path)
     return table
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from cropi_core.config import near
-from cropi_core.errors import ConfigError, DataError
+from cropi_core.errors import ConfigError, DataError, foreign_errors
 from cropi_core.prompts.rows import Row, normalise
 from cropi_core.rewards import pack, unpack
 from data_schemas import PROMPTS, GymTask, ReasoningGymSource
@@ -80,10 +80,8 @@ def _dataset(name: str, task: GymTask, split: str, seed: int) -> Any:
         raise ConfigError(f"reasoning-gym has no task {name!r}{near(name, list(DATASETS))}")
     # An entry is drawn with seed + index, so consecutive seeds would share most of their entries.
     drawn = int.from_bytes(hashlib.sha256(f"{seed}/{split}/{name}".encode()).digest()[:4], "big") >> 2
-    try:
+    with foreign_errors(f"reasoning-gym's {name} takes no config={task.config}", ConfigError):
         return create_dataset(name, **task.config, seed=drawn, size=TRIES * task.size)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"reasoning-gym's {name} takes no config={task.config}: {error}") from error
 
 
 def _task_rows(
@@ -146,11 +144,9 @@ def _row(
 
 def _packed(name: str, task: GymTask, dataset: Any, entry: dict[str, Any]) -> str:
     """Return the packed entry, after checking that its scorer accepts it."""
-    try:
+    with foreign_errors(f"reasoning-gym's {name} makes entries that JSON cannot hold"):
         answer = pack(name, task.config, entry)
         unpacked = unpack(answer)[2]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"reasoning-gym's {name} makes entries that JSON cannot hold: {error}") from error
     expected = entry["answer"]
     if expected is not None and dataset.score_answer(expected, unpacked) != dataset.score_answer(
         expected, entry

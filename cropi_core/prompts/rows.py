@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from cropi_core.artifacts import Faults
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, foreign_errors
 from data_schemas import PROMPTS, VERIFIERS, TableSource
 
 VERIFIER_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
@@ -30,12 +30,10 @@ def check_settings(source: TableSource) -> None:
     if source.answer_pattern not in (None, BOXED):
         import regex
 
-        try:
+        with foreign_errors(
+            f"answer_pattern={source.answer_pattern!r} is not a regular expression", ConfigError
+        ):
             groups = regex.compile(source.answer_pattern).groups
-        except regex.error as error:
-            raise ConfigError(
-                f"answer_pattern={source.answer_pattern!r} is not a regular expression: {error}"
-            ) from error
         if groups < 1:
             raise ConfigError(
                 f"answer_pattern={source.answer_pattern!r} has no group; group 1 is the answer (or it is {BOXED!r})"

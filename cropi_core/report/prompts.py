@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as ds
 
@@ -116,9 +115,7 @@ def _rows(
     They are filtered while the files are scanned, and token ids are only counted, so that a pool's completions are
     never all in memory.
     """
-    try:
+    with artifacts.recorded_problems(slot, "prompts cannot be shown"):
         dataset = ds.dataset([str(file) for file in files], format="parquet")
         return dataset.to_table(columns=columns, filter=ds.field("prompt_id").isin(wanted)).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        artifacts.problem(slot, f"prompts cannot be shown: {error}")
-        return []
+    return []

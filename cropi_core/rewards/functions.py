@@ -12,7 +12,7 @@ import os
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, foreign_errors
 from cropi_core.rewards.worker import SUFFIX
 
 ALLOWED = "CROPI_FUNCTIONS"
@@ -67,14 +67,12 @@ def source_digest(path: str) -> str:
 def _module_file(name: str) -> Path:
     """Find a module's file as an import would, without importing its parent packages."""
     parts = name.split(".")
-    try:
+    with foreign_errors(f"the module {name!r} cannot be looked for", ConfigError):
         spec = importlib.util.find_spec(parts[0])
         for part in parts[1:]:
             places = spec.submodule_search_locations if spec else None
             # By its last name: the spec of a namespace package looks for its parent in the imported modules.
             spec = PathFinder.find_spec(part, list(places)) if places else None
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"the module {name!r} cannot be looked for: {error}") from error
     if spec is None:
         raise ConfigError(
             f"there is no module {name!r} where this program runs; install it, put its directory into PYTHONPATH, or "

@@ -5,7 +5,9 @@ names and the store cannot provide becomes a line in :attr:`Artifacts.problems`;
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from cropi_core.artifacts import PROMPTS_FILE, Store, read_open_table, size_below
-from cropi_core.errors import ArtifactError, DataError, in_one_line
+from cropi_core.errors import ArtifactError, in_one_line, recorded_errors
 from data_schemas import Config, Manifest, RunRecord
 
 
@@ -74,15 +76,16 @@ class Artifacts:
 
     def read(self, slot: str, path: Path, columns: Sequence[str], *, others: bool = False) -> pa.Table | None:
         """Read the named columns of a file below a directory that :meth:`path` returned."""
-        try:
-            with pq.ParquetFile(path) as file:
-                if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
-                    self.problem(slot, f"{path.name} lacks the columns {', '.join(lacking)}")
-                    return None
-                return read_open_table(file, path, None if others else columns)
-        except (pa.ArrowException, DataError, OSError) as error:
-            self.problem(slot, f"{path.name} cannot be read: {error}")
-            return None
+        with self.recorded_problems(slot, f"{path.name} cannot be read"), pq.ParquetFile(path) as file:
+            if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
+                self.problem(slot, f"{path.name} lacks the columns {', '.join(lacking)}")
+                return None
+            return read_open_table(file, path, None if others else columns)
+        return None
+
+    def recorded_problems(self, slot: str, what: str) -> AbstractContextManager[None]:
+        """Record any exception of a block that reads a file of a slot as a problem."""
+        return recorded_errors(what, partial(self.problem, slot))
 
     def problem(self, slot: str, what: object) -> None:
         """Record a problem once."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.artifacts import Store
-from cropi_core.errors import ArtifactError
+from cropi_core.errors import ArtifactError, foreign_errors
 from cropi_core.runs.accuracy import Accuracy, Detail, accuracies, details
 from cropi_core.runs.records import load_run, slot_ref
 from cropi_core.runs.summary import RunSummary, stage_of, summarise
@@ -135,10 +135,9 @@ class RunArtifact:
                 else f"{self.slot} ({self.ref.key}) has {len(tables)} tables: {', '.join(tables) or 'none'}. "
                 "Name one: table(NAME)."
             )
-        try:
+        with foreign_errors(
+            f"{self.slot} ({self.ref.key}): {name} cannot be read",
+            ArtifactError,
+            f"Check the artifact: cropi artifacts verify {self.ref.key}",
+        ):
             return pa.concat_tables([pq.read_table(self.path / part) for part in parts])
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(
-                f"{self.slot} ({self.ref.key}): {name} cannot be read: {error}. "
-                f"Check the artifact: cropi artifacts verify {self.ref.key}."
-            ) from error

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.artifacts import floats, read_open_table
-from cropi_core.errors import DataError, SelectionError
+from cropi_core.errors import DataError, SelectionError, foreign_errors
 from cropi_core.scores import SETTINGS_KEY, fuse, ranks, tie_keys
 from cropi_core.selection.belief import Belief, aligned, expected_rates
 from data_schemas import SCORE_FIXED, Scores
@@ -207,10 +207,7 @@ def read_columns(path: Path, columns: list[str], *, others: bool = False) -> pa.
     Raises:
         DataError: The file cannot be read, or a given column is missing.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
-                raise DataError(f"{path} lacks the columns {', '.join(lacking)}")
-            return read_open_table(file, path, None if others else columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    with foreign_errors(f"{path} cannot be read as Parquet"), pq.ParquetFile(path) as file:
+        if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
+            raise DataError(f"{path} lacks the columns {', '.join(lacking)}")
+        return read_open_table(file, path, None if others else columns)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, foreign_errors
 from cropi_core.policy import pick_device
 from cropi_core.training.ranks import ALONE, Processes
 from cropi_core.training.trainer import GRPOConfig
@@ -63,12 +63,9 @@ def trainer_arguments(
     if training.engine == "vllm" and ends:
         fields["generation_kwargs"] = {"stop_token_ids": list(ends)}
     passed_on = training.trl.model_dump(exclude_none=True) | runtime.trl.model_dump(exclude_none=True)
-    try:
+    named = ", ".join(passed_on) or "none of training.trl"
+    with foreign_errors(f"TRL refuses the settings of the stage ({named})", ConfigError):
         arguments = GRPOConfig(**(fields | passed_on))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"TRL refuses the settings of the stage ({', '.join(passed_on) or 'none of training.trl'}): {error}"
-        ) from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # otherwise the trainer wraps the model in DataParallel, which TRL refuses
     return arguments

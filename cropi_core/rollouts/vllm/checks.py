@@ -16,7 +16,7 @@ import httpx
 from transformers import PreTrainedModel
 
 from cropi_core.artifacts import file_sha256
-from cropi_core.errors import PolicyError, ServerError
+from cropi_core.errors import PolicyError, ServerError, foreign_errors
 from cropi_core.policy import checkpoint_files
 from cropi_core.rollouts.parity import measure, parity_limits
 from cropi_core.rollouts.vllm.client import Job, TransientError, Vocabulary, ask, error_text, send
@@ -99,13 +99,13 @@ async def _served_model(client: httpx.AsyncClient, name: str | None) -> dict[str
         )
     if status != 200:
         raise TransientError(f"/v1/models answers HTTP {status}: {error_text(raw)}")
-    try:
+    with foreign_errors(
+        f"{client.base_url}/v1/models does not return a list of models ({error_text(raw)})",
+        ServerError,
+        "Is it a vLLM server?",
+    ):
         models = json.loads(raw)["data"]
         by_name = {str(model["id"]): model for model in models}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ServerError(
-            f"{client.base_url}/v1/models does not return a list of models: {error_text(raw)}. Is it a vLLM server?"
-        ) from error
     if name is None and len(by_name) == 1:
         return next(iter(by_name.values())) | {"id": next(iter(by_name))}
     if name in by_name:

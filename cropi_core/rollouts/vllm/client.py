@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from cropi_core.errors import ServerError
+from cropi_core.errors import ServerError, foreign_errors
 from cropi_core.rollouts.sampling import Completion
 from data_schemas import Sampling
 
@@ -117,13 +117,12 @@ async def ask(
             f"{client.base_url} refused prompt {job.prompt_id} ({len(job.prompt)} tokens, "
             f"{samples} completions of at most {longest}): HTTP {status}: {error_text(raw)}"
         )
-    try:
+    with foreign_errors(
+        f"the answer of {client.base_url} to prompt {job.prompt_id} cannot be used",
+        ServerError,
+        "It must be a vLLM server with --logprobs-mode processed_logprobs (docs/guides/vllm.md)",
+    ):
         return completions_of(raw, job, sampling, vocabulary)
-    except (ValueError, RecursionError) as error:
-        raise ServerError(
-            f"the answer of {client.base_url} to prompt {job.prompt_id} cannot be used: {error}. It must be a vLLM "
-            "server with --logprobs-mode processed_logprobs (docs/guides/vllm.md)"
-        ) from error
 
 
 async def send(

@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from cropi_core.errors import ConfigError
+from cropi_core.errors import ConfigError, foreign_errors
 from cropi_core.system import cache_directory
 
 VARIABLE = "CROPI_VLLM_PYTHON"
@@ -43,7 +43,7 @@ def vllm_version(python: Path) -> str:
         ConfigError: vLLM cannot be imported.
     """
     code = "import vllm; print(vllm.__version__)"
-    try:
+    with foreign_errors(f"{python} cannot import vLLM", ConfigError):
         process = subprocess.run(
             [str(python), "-I", "-c", code],
             capture_output=True,
@@ -52,8 +52,6 @@ def vllm_version(python: Path) -> str:
             timeout=IMPORT_TIMEOUT_S,
             env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{python} cannot import vLLM: {error}") from error
     version = process.stdout.strip()
     if process.returncode != 0 or not version:
         lines = process.stderr.strip().splitlines() or ["no output"]

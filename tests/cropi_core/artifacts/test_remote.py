@@ -460,7 +460,7 @@ def test_an_address_is_checked(machine):
 
 def test_a_bucket_that_is_not_there_is_said(s3_server, machine):
     for call in (lambda s: s.prepare(), lambda s: s.keys(), lambda s: list_runs(s)):
-        with pytest.raises(ArtifactError, match=r"s3://no-such-bucket/x failed.*make the bucket first"):
+        with pytest.raises(ArtifactError, match=r"s3://no-such-bucket/x failed.*Make the bucket first"):
             call(machine("s3://no-such-bucket/x"))
 
 
@@ -471,7 +471,7 @@ def test_missing_credentials_are_said(s3_server, machine, tmp_path):
     command = [sys.executable, "-m", "cropi_core", "artifacts", "ls", "--root", new_bucket()]
     done = processes.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "set AWS_ACCESS_KEY_ID" in done.stderr
+    assert "Set AWS_ACCESS_KEY_ID" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -504,7 +504,7 @@ def test_a_server_that_is_gone_is_said_and_the_work_kept(tmp_path, machine, monk
         store.prepare()
         server.stop()
         with pytest.raises(
-            ArtifactError, match=r"Could not connect.*see that the server answers there.*to resume"
+            ArtifactError, match=r"Could not connect.*Check that the server answers there.*to resume"
         ):
             publish(store)
         server = Server(folder, port=server.address.rpartition(":")[2])
@@ -522,7 +522,7 @@ def test_doctor_looks_at_an_address(url, machine):
     assert found["s3fs"].state == found["root"].state == "ok"
     assert "1 artifacts" in found["root"].found
     found = {check.what: check for check in examine("s3://no-such-bucket/x")}
-    assert (found["root"].state, "make the bucket first" in found["root"].found) == ("broken", True)
+    assert (found["root"].state, "Make the bucket first" in found["root"].found) == ("broken", True)
 
 
 @pytest.mark.slow
