@@ -1,7 +1,8 @@
-"""Prefect events that announce a finished stage, for use in automations.
+"""Prefect events that announce a finished stage or a verifier that looks broken, for use in automations.
 
 The event `cropi.stage.finished` has the resource `cropi.run.<run>` and the payload `run`, `stage`, `accuracy` by set
-and `text`, a one-line message. Prefect adds the flow run and the deployment.
+and `text`, a one-line message. `cropi.verifier.suspicious` has the same resource and the payload `run`, `slot` and
+`text`. Prefect adds the flow run and the deployment.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from data_schemas import StepSpec
 from tasks.ui import plain
 
 STAGE_FINISHED = "cropi.stage.finished"
+VERIFIER_SUSPICIOUS = "cropi.verifier.suspicious"
 MOST_SETS = 20
 """Maximum number of sets named in the message."""
 
@@ -22,7 +24,8 @@ MOST_SETS = 20
 def announced(
     execute: Callable[[StepSpec], StepResult], run: str, store: Store
 ) -> Callable[[StepSpec], StepResult]:
-    """Wrap ``execute`` to announce the stage of each computed evaluation; a cached one was announced before."""
+    """Wrap ``execute`` to announce stages and suspicious verifiers of computed steps; cached ones were announced."""
+    resource = {"prefect.resource.id": f"cropi.run.{run}", "prefect.resource.name": run}
 
     def executed(spec: StepSpec) -> StepResult:
         result = execute(spec)
@@ -31,7 +34,7 @@ def announced(
             rows = accuracies(store.manifest(result.ref).summary, stage)
             emit_event(
                 STAGE_FINISHED,
-                resource={"prefect.resource.id": f"cropi.run.{run}", "prefect.resource.name": run},
+                resource=resource,
                 payload={
                     "run": run,
                     "stage": stage,
@@ -39,6 +42,17 @@ def announced(
                     "text": in_one_line(run, stage, rows),
                 },
             )
+        if spec.step == "rollouts" and not result.cached:
+            for warning in store.manifest(result.ref).summary.get("verifier_warnings", []):
+                emit_event(
+                    VERIFIER_SUSPICIOUS,
+                    resource=resource,
+                    payload={
+                        "run": run,
+                        "slot": str(spec.slot),
+                        "text": f"{run}, {spec.slot}: {plain(warning)}",
+                    },
+                )
         return result
 
     return executed

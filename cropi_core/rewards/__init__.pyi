@@ -4,6 +4,7 @@ from .commands import check_command as check_command
 from .functions import ALLOWED as ALLOWED
 from .functions import ANYWHERE as ANYWHERE
 from .functions import check_allowed as check_allowed
+from .health import answer_warnings as answer_warnings
 from .health import verifier_warnings as verifier_warnings
 from .keys import grading_location as grading_location
 from .keys import grading_of as grading_of

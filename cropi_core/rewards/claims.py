@@ -54,6 +54,22 @@ _NEGATED = re.compile(
 )
 
 
+_DENIAL = re.compile(
+    r"\b(?:answer|result)\b[\s*_:]*+(?:(?:is|are|was)?[\s*_]*+(?:not|neither|never)\b|(?:is|are|was)n't\b)(?:(?!\bbut\b)[^\n.,])*"
+    r"|\b(?:(?:is|are|was|were|it's|that's)\s+not|(?:is|are|was|were)n't)\s+[-+$\\]*\d(?:[\d.,/]*\d)?"
+    r"|\b(?:ist\s+nicht|no\s+es|n'est\s+pas|non\s+è)\b[^\n.,]*|(?:不是|并非)[^\n。，,]*",
+    re.IGNORECASE,
+)
+_DENIES = ("not", "n't", "neither", "never", "nicht", "no es", "n'est", "non è", "不是", "并非")
+"""Words of which every denial has one; the pattern is slow."""
+
+
+def without_denials(text: str) -> str:
+    """Remove what a text says the answer is not: "the answer is not 5", "it isn't 7"."""
+    lower = text.lower()
+    return _DENIAL.sub("", text) if any(word in lower for word in _DENIES) else text
+
+
 _BRACKET = re.compile(r"[<\[◁]")
 """A character that every tag has."""
 

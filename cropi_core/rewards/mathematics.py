@@ -7,13 +7,15 @@ converts the rest to the LaTeX that math-verify reads.
 import re
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import lru_cache
+from math import isqrt
 
 from cropi_core.rewards.comparisons import based, chains, names, numbers, residues, times, undefined, words
 from cropi_core.rewards.containers import container, orientation, split_list, vector
 from cropi_core.rewards.intervals import interval, ordinary_brackets
 from cropi_core.rewards.notation import tidy
-from cropi_core.rewards.quantities import quantity
+from cropi_core.rewards.quantities import MAX_DIGITS, quantity
 
 _ASSIGNED = re.compile(r"(\\?[A-Za-z](?:\s*\([A-Za-z]\)|_\{?\w\}?|')?)\s*=\s*([^=<>]+)\Z")
 _FLIPPED = re.compile(r"([^=<>]+?)\s*=\s*([A-Za-z])\Z")
@@ -25,10 +27,31 @@ _SUM_OF_UNITS = re.compile(r"\d\s*\\text\s*\{[^{}]*[a-z]{2}[^{}]*\}\s*\d")
 _RELATION = re.compile(r"\\(?:[lg](?:t|eq?(?:slant)?)|neq?)(?![a-z])|[<>]=?")
 
 
+_ROOT_OF_NEGATIVE = re.compile(r"\\sqrt\s*\{\s*-\s*(\d+(?:\.\d+)?)\s*\}")
+
+
+_FACTOR = re.compile(r"(?<!\\pm)(?<!\\mp)(?<!\\times)(?<!\\cdot)(?<=[\w})])\s*\Z")
+
+
+def _imaginary(text: str) -> str:
+    r"""Write the only root of a negative number with the imaginary unit: ``\sqrt{-4}`` as ``i\sqrt{4}``."""
+    roots = list(_ROOT_OF_NEGATIVE.finditer(text))
+    if len(roots) != 1:
+        return text
+    before, after = text[: roots[0].start()], text[roots[0].end() :]
+    number = Fraction(roots[0][1][:MAX_DIGITS])
+    root = Fraction(isqrt(number.numerator), isqrt(number.denominator))
+    unit = "i" if number == 1 else f"i\\sqrt{{{roots[0][1]}}}"
+    if root**2 == number != 1 and not _FACTOR.search(before):
+        unit = f"{root}i" if root.denominator == 1 else f"\\frac{{{root.numerator}}}{{{root.denominator}}}i"
+    space = " " if before[-1:].isalpha() else ""
+    return f"{before}{space}{unit}{' ' if after[:1].isalpha() else ''}{after}"
+
+
 @lru_cache(maxsize=1024)
 def core(text: str) -> tuple[str, str]:
     r"""Return the assigned variable, if any, and the text without it: ``x = 5`` gives ``x`` and ``5``."""
-    text = _PI.sub(r"\\pi ", ordinary_brackets(tidy(text)))
+    text = _imaginary(_PI.sub(r"\\pi ", ordinary_brackets(tidy(text))))
     text = re.sub(r"(?<=[\d}])\s*\\?(?:approx|simeq|cong)\s*[\d.,]+\Z", "", text)
     assigned = _ASSIGNED.match(text)
     if assigned and not split_list(text)[1:]:

@@ -9,7 +9,7 @@ import unicodedata
 from collections import deque
 from fractions import Fraction
 
-from cropi_core.rewards.claims import answer_part, final_answer, stated
+from cropi_core.rewards.claims import answer_part, final_answer, stated, without_denials
 from cropi_core.rewards.notation import prose_numbers, tidy
 from cropi_core.rewards.number_words import number_word
 from cropi_core.rewards.quantities import MAX_DIGITS, bounded, quantity
@@ -99,22 +99,57 @@ def tail_match(text: str) -> tuple[str, re.Match[str] | None]:
     return text, last_match(text)
 
 
+_UNCERTAIN = re.compile(
+    r"(?:\bbetween\s+\S+\s+and|\d[\d.,]*\s+(?:\w+\s+)?or(?:\s+(?:maybe|perhaps|possibly|even))?(?:\s+[a-z]\s*=)?)\s+\$?\Z",
+    re.IGNORECASE,
+)
+
+
+def uncertain_end(text: str) -> bool:
+    """Return whether a text ends with a range or one of two numbers: "between 3 and 5", "3 or maybe 5"."""
+    tail = text[-TAIL:]
+    if " or" not in tail and "etween" not in tail:
+        return False
+    tail, match = tail_match(text)
+    return match is not None and bool(_UNCERTAIN.search(tail[: match.start()][-SHORT:]))
+
+
 def _last_number(text: str) -> Fraction | None:
     _, match = tail_match(text)
-    return number_of(match) if match else None
+    return number_of(match) if match and not uncertain_end(text) else None
+
+
+_COUNTED = re.compile(r"((?:-|\\?[$£€¥₹]\s?)*\d[\d.,/]*%?)\s+\(?[A-Za-z][^=]*\Z")
+_COMPUTED = re.compile(
+    r"\b(?:is|are|was|equals?|gives?|makes?|times|plus|minus|divided|multiplied|more|less|fewer|than|and|or|to|which|so|"
+    r"but|not|thousand|million|billion|trillion|hundred|dozen|percent|base|mod)\b|[+*/^]|\s-\s",
+    re.IGNORECASE,
+)
+
+
+def _counted(claim: str) -> str:
+    """Return the number that a claim begins with, if the rest only says of what: "7 apples on 12 trees"."""
+    match = _COUNTED.match(claim)
+    return match[1] if match and not _COMPUTED.search(claim, match.end(1)) else claim
+
+
+_RESULT = re.compile(
+    r",\s*(?:which\s+(?:is|makes|gives|equals)|so|or\s+simply|that\s+is)\s+(?=[^,]*\d)", re.IGNORECASE
+)
 
 
 def _claimed_number(claim: str) -> Fraction | None:
     """Return the number that a claim gives; a list, a range or a bound gives none."""
     claim = tidy(claim)
     claim = claim.rpartition("=")[2].strip() or claim
+    claim = _RESULT.split(claim)[-1]
     claimed = quantity(claim)
     if claimed is not None:
         return claimed.value
     if (named := number_word(claim)) is not None:
         return named
     listed = _LIST.match(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", claim)) and len(claim) <= SHORT
-    return None if listed or bounded(claim) else _last_number(claim)
+    return None if listed or bounded(claim) else _last_number(_counted(claim))
 
 
 def numeric(completion: str, answer: str) -> float:
@@ -149,7 +184,7 @@ def numeric(completion: str, answer: str) -> float:
             return float(measured is not None and measured.value == expected.value)
         if (named := number_word(text)) is not None:
             return float(named == expected.value)
-    return float(_last_number(text) == expected.value)
+    return float(_last_number(without_denials(text)) == expected.value)
 
 
 # Adjacent repetitions are possessive, so that a text of a thousand stars is not matched in quadratic time.
@@ -167,6 +202,7 @@ _NOT_A_WORD = (
 )
 _STATED = re.compile(
     r"(?:\b(?i:answer|option|choice)[\s*_]*+(?:(?i:is|was|would\s+be|should\s+be|must\s+be)\b\s*+(?i:(?:clearly|therefore|thus|simply)\s)?[:=]?|[:=])"
+    r"|\bI(?:\s+would|\s+will|'d|'ll)?\s+(?i:choose|chose|pick|picked|select|selected|go\s+with|went\s+with)\b"
     r"|(?:答案|选项|選項|选择|選擇|选|選|正解|정답)\s*+(?:是|为|為|は|은)?\s*+[:：]?"
     r"|\b(?i:respuesta|resposta|risposta|réponse|antwort|ответ)\b[^\n.:]{0,20}?(?:\b(?i:es|est|ist|lautet|è)|:)\s++(?:(?i:la|die|le)\s)?)"
     rf"[\s*_]*+(?i:(?:option|choice)\b)?{_LETTER}{_NOT_A_WORD}"

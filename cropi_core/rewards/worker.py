@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from cropi_core.rewards.claims import answer_part, final_answer, stated
+from cropi_core.rewards.claims import answer_part, final_answer, stated, without_denials
 from cropi_core.rewards.containers import split_list
 from cropi_core.rewards.costs import MAX_CHARACTERS, may_exceed_memory, too_costly
 from cropi_core.rewards.mathematics import decide, for_parser, option
@@ -42,7 +42,15 @@ from cropi_core.rewards.notation import ascii_mathematics
 from cropi_core.rewards.number_words import word
 from cropi_core.rewards.quantities import bounded, quantity, same_quantity, sentence_quantity
 from cropi_core.rewards.signatures import adapted, plain_number
-from cropi_core.rewards.text_answers import NotGradableError, choice, exact, number_of, numeric, tail_match
+from cropi_core.rewards.text_answers import (
+    NotGradableError,
+    choice,
+    exact,
+    number_of,
+    numeric,
+    tail_match,
+    uncertain_end,
+)
 from cropi_core.system import Channel, Limits, confine
 
 PARENT_DIED = signal.SIGUSR2
@@ -215,14 +223,6 @@ def _verified(golds: list[Any], claims: list[Any]) -> bool:
         return bool(left == right)
 
 
-_DENIAL = re.compile(
-    r"\b(?:answer|result)\b[\s*_:]*+(?:(?:is|are|was)?[\s*_]*+(?:not|neither|never)\b|(?:is|are|was)n't\b)(?:(?!\bbut\b)[^\n.,])*"
-    r"|\b(?:(?:is|are|was|were|it's|that's)\s+not|(?:is|are|was|were)n't)\s+[-+$\\]*\d(?:[\d.,/]*\d)?"
-    r"|\b(?:ist\s+nicht|no\s+es|n'est\s+pas|non\s+è)\b[^\n.,]*|(?:不是|并非)[^\n。，,]*",
-    re.IGNORECASE,
-)
-_DENIES = ("not", "n't", "neither", "never", "nicht", "no es", "n'est", "non è", "不是", "并非")
-"""Words of which every denial has one; the pattern is slow."""
 _PLAIN_COMMAND = re.compile(
     r"\\(?:[$%()\[\],;:! ]|times\b|cdot\b|text\b|mathrm\b|quad\b|[dt]?frac\s*\{\d+\}\s*\{\d+\})"
 )
@@ -266,9 +266,9 @@ def _prose_equal(text: str, gold: str) -> float:
     ):
         return float(verdict)
     _gradable(gold)
-    lower = text.lower()
-    if any(word in lower for word in _DENIES):
-        text = _DENIAL.sub("", text)
+    text = without_denials(text)
+    if exact and uncertain_end(text):
+        return 0.0
     if exact and not exact.percent and (last := _plain_last_number(text)) is not None:
         return float(last == exact.value)
     text = ascii_mathematics(text[-PROSE:])

@@ -26,7 +26,7 @@ from cropi_core.errors import ConfigError, foreign_errors
 from cropi_core.policy import Checkpoint
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.prompts import read_prompts
-from cropi_core.rewards import Grade, Item, Verifier, open_verifier, verifier_warnings
+from cropi_core.rewards import Grade, Item, Verifier, answer_warnings, open_verifier, verifier_warnings
 from cropi_core.rollouts.parity import PARITY, parity_summary
 from cropi_core.rollouts.passes import open_prompts, pass_sizes
 from cropi_core.rollouts.samplers import Sampled, Sampler, open_sampler
@@ -113,6 +113,7 @@ def sample_rollouts(
             columns = ("verifier", "answer", "messages")
             rows = table.select(columns).to_pylist() if grading.functions else []
             verifier.try_functions(Item(one["verifier"], "", one["answer"], one["messages"]) for one in rows)
+            warnings = _warn_of_answers(verifier, table)
             if sampler is None:
                 logs = logs or out.with_name(f"{out.name}.logs")
                 sampler = stack.enter_context(
@@ -122,9 +123,10 @@ def sample_rollouts(
             if plan.passes is None:
                 draw = partial(draw, missing, plan.sampling)
                 parts = _Parts(out, missing, metadata, table.num_rows)
-                reasons, warnings = _write_parts(draw, parts, verifier, report)
+                reasons, later = _write_parts(draw, parts, verifier, report)
             else:
-                reasons, warnings = _write_passes(draw, out, every, plan, metadata, verifier, report)
+                reasons, later = _write_passes(draw, out, every, plan, metadata, verifier, report)
+            warnings += later
     shutil.rmtree(_passes_path(out), ignore_errors=True)
     report(Progress(table.num_rows, table.num_rows, "prompt"))
     sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
@@ -322,6 +324,15 @@ def _write_parts(
         if finished < parts.total:
             report(Progress(finished, parts.total, "prompt", " ".join([parts.note, *warnings]).strip()))
     return reasons, warnings or []
+
+
+def _warn_of_answers(verifier: Verifier, table: pa.Table) -> list[str]:
+    """Log and return warnings about answers that their verifiers cannot read."""
+    columns = (table[name].to_pylist() for name in ("verifier", "prompt_id", "answer"))
+    warnings = answer_warnings(verifier, zip(*columns, strict=True))
+    for warning in warnings:
+        log.warning("%s", warning)
+    return warnings
 
 
 def _warn(rows: list[dict[str, Any]], table: pa.Table) -> list[str]:

@@ -2,9 +2,9 @@
 
     cropi automations --notify slack-webhook/team
 
-Each call creates or updates four automations by name: a run failed or crashed; a stage finished; a selection waits for
-approval; and a run without heartbeats is marked as Crashed, such as after `kill -9` or a lost machine. The first three
-send messages through a notification block of the server (Slack, mail, a custom webhook).
+Each call creates or updates five automations by name: a run failed or crashed; a stage finished; a verifier looks
+broken; a selection waits for approval; and a run without heartbeats is marked as Crashed, such as after `kill -9` or a
+lost machine. The first four send messages through a notification block of the server (Slack, mail, a custom webhook).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from cropi_core.errors import ConfigError
-from tasks import STAGE_FINISHED
+from tasks import STAGE_FINISHED, VERIFIER_SUSPICIOUS
 
 HEARTBEATS = 3
 """Missed heartbeats that are tolerated."""
@@ -157,12 +157,10 @@ def messages(block: UUID) -> list[Automation]:
             expect=expected, match=states, match_related=FLOWS, posture=Posture.Reactive, threshold=1
         )
 
-    finished = EventTrigger(
-        expect={STAGE_FINISHED},
-        match=ResourceSpecification({"prefect.resource.id": ["cropi.run.*"]}),
-        posture=Posture.Reactive,
-        threshold=1,
-    )
+    def announces(event: str) -> EventTrigger:
+        run = ResourceSpecification({"prefect.resource.id": ["cropi.run.*"]})
+        return EventTrigger(expect={event}, match=run, posture=Posture.Reactive, threshold=1)
+
     state = "{{ flow_run.state.name }}: {{ flow_run.state.message }}"
     return [
         sends(
@@ -175,8 +173,15 @@ def messages(block: UUID) -> list[Automation]:
         sends(
             "cropi: a stage is finished",
             "Sends accuracy by set when a stage is finished.",
-            finished,
+            announces(STAGE_FINISHED),
             "cropi: {{ event.payload.run }}, stage {{ event.payload.stage }} is finished",
+            "{{ event.payload.text }}",
+        ),
+        sends(
+            "cropi: a verifier looks broken",
+            "Sends a message when rewards or answers suggest that a verifier is wrong.",
+            announces(VERIFIER_SUSPICIOUS),
+            "cropi: {{ event.payload.run }}, a verifier looks broken",
             "{{ event.payload.text }}",
         ),
         sends(

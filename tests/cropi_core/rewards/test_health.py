@@ -1,6 +1,7 @@
 """Warnings about verifiers whose first rewards look broken."""
 
-from cropi_core.rewards import verifier_warnings
+from cropi_core.rewards import answer_warnings, open_verifier, verifier_warnings
+from data_schemas import Grading
 
 
 def graded(rewards, samples: int = 4):
@@ -19,3 +20,17 @@ def test_plausible_rewards_and_few_completions_are_not_suspicious():
     assert verifier_warnings(graded([0.0] * 64)) == []  # 16 prompts may all be hopeless
     assert verifier_warnings(graded([None] * 16)) == []
     assert verifier_warnings(graded([None] * 64, samples=64)) == []  # one prompt
+
+
+def test_answers_that_a_verifier_cannot_read_are_known_before_sampling():
+    answers = [
+        ("choice", "p1", "B"),
+        ("choice", "p2", "Paris"),
+        ("numeric", "p3", "7"),
+        ("exact", "p4", "Rome"),
+    ]
+    with open_verifier(Grading()) as verifier:
+        assert answer_warnings(verifier, answers[:1] + answers[2:]) == []
+        (warning,) = answer_warnings(verifier, answers)
+    assert "1 of 2 different answers" in warning
+    assert "prompt p2: the answer 'Paris' is not a letter" in warning
