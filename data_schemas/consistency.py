@@ -240,9 +240,15 @@ def training_processes(training: Training, launch: Launch | None, trl: TrlRuntim
             f"training.prompts_per_step={training.prompts_per_step} is not a multiple of "
             f"runtime.launch.processes={launch.processes}: a group would be split between two processes"
         )
-    if launch.config:
+    if launch.config and launch.sharded:
+        faults.append(
+            f"runtime.launch.sharded with runtime.launch.config={launch.config}: the file says how weights are "
+            "distributed; drop one of the two"
+        )
+    if launch.config or launch.sharded:
+        name = "config" if launch.config else "sharded"
         faults += [
-            f"training.{kept} with runtime.launch.config: sharded moments cannot be read"
+            f"training.{kept} with runtime.launch.{name}: sharded moments cannot be read"
             for kept in training.keeps_moments
         ]
     return faults

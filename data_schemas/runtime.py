@@ -28,7 +28,12 @@ class Launch(Section):
 
     processes: int = Field(default=1, ge=1, le=4096, description="On this machine: one a GPU.")
     config: str | None = Field(
-        default=None, description="A file of `accelerate config` (FSDP, DeepSpeed); empty: data parallel."
+        default=None,
+        description="A file of `accelerate config` (FSDP, DeepSpeed); empty: data parallel, or `sharded`.",
+    )
+    sharded: bool = Field(
+        default=False,
+        description="Weights, gradients and moments in shards over the processes (FSDP 2); needs no `config`.",
     )
 
 

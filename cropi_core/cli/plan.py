@@ -35,6 +35,10 @@ def plan(
         bool,
         typer.Option(help="Measure on a few prompts; without it tokens and disk alone, as upper bounds."),
     ] = True,
+    card: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Compare the memory of each step with a GPU, such as h100-80gb."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the cost of a run: tokens, seconds, memory and disk, by step and stage."""
@@ -43,7 +47,7 @@ def plan(
 
     settings = load_config(config, override or [])
     with tempfile.TemporaryDirectory(prefix="cropi-plan-") as folder:
-        result = predict(settings, root, Path(folder), calibrated=calibration)
+        result = predict(settings, root, Path(folder), calibrated=calibration, card=card)
     if as_json:
         print_json(result)
     else:
@@ -54,6 +58,8 @@ def show(result: dict[str, Any]) -> None:
     """Print a plan as a table with notes."""
     rows = [*result["steps"], *result["stages"], result["totals"]]
     print_table(COLUMNS, [_cells(row) for row in rows])
+    if result["device_memory"]:
+        show_device(result["device_memory"])
     measured = result["calibration"]
     if measured:
         say(
@@ -62,6 +68,25 @@ def show(result: dict[str, Any]) -> None:
         )
     for note in result["notes"]:
         say(f"- {note}")
+
+
+def show_device(memory: dict[str, Any]) -> None:
+    """Print the memory of each step on a GPU, whether it fits, and what to change."""
+    card = memory["card"]
+    where = f"{card} ({human_bytes(memory['memory_bytes'])})" if card else "no card was named"
+    say(f"\nmemory on each GPU, {where}")
+    rows = []
+    for step in memory["steps"]:
+        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in step["parts"].items())
+        fits = {None: None, True: "yes", False: "no"}[step["fits"]]
+        least = step["least_seconds"]
+        rows.append(
+            [step["step"], human_bytes(step["bytes"]), fits, f"{least:.0f}" if least else None, parts]
+        )
+    print_table(("step", "needs", "fits", "least seconds", "parts"), rows)
+    for step in memory["steps"]:
+        if step["fault"]:
+            say(f"- {step['step']} does not fit: {step['fault']}. Change: {step['advice']}")
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:

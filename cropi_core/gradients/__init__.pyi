@@ -6,8 +6,11 @@ from .groups import group_rollouts as group_rollouts
 from .job import FeatureSettings as FeatureSettings
 from .job import ShardPlan as ShardPlan
 from .job import Spread as Spread
+from .layers import parameter_names as parameter_names
+from .lm_head import PIECE_BYTES as PIECE_BYTES
 from .moments import save_moments as save_moments
 from .moments import second_moments as second_moments
+from .projection import folded_sizes as folded_sizes
 from .reader import HALF_LIMIT as HALF_LIMIT
 from .reader import in_order as in_order
 from .reader import threads_here as threads_here

@@ -16,7 +16,9 @@ COUNTED_PROMPTS = 500
 """Number of prompts that are tokenised if nothing is sampled."""
 
 
-def predict(config: Config, root: str, folder: Path, *, calibrated: bool) -> dict[str, Any]:
+def predict(
+    config: Config, root: str, folder: Path, *, calibrated: bool, card: str | None = None
+) -> dict[str, Any]:
     """Plan a run.
 
     Args:
@@ -24,10 +26,14 @@ def predict(config: Config, root: str, folder: Path, *, calibrated: bool) -> dic
         root: Root in which artifacts are looked up; nothing is written to it.
         folder: An empty directory for measurements.
         calibrated: Measure; otherwise completions are assumed to have their maximum length, and there are no times.
+        card: Name of a GPU with which the memory of each step is compared. If ``runtime.device`` is a GPU and this
+            machine has none, nothing is measured.
 
     Returns:
         ``run``, ``calibration`` (None without one), ``steps``, ``stages`` and ``totals`` with the fields of
-        :class:`cropi_core.planning.terms.Estimate`, and ``notes`` with the assumptions.
+        :class:`cropi_core.planning.terms.Estimate`, ``device_memory`` (see
+        :func:`cropi_core.planning.card_plan.on_device`; None for the CPU without ``card``), and ``notes`` with the
+        assumptions.
 
     Raises:
         CropiError: The run itself would raise it before it computes anything, or a measured step raised it.
@@ -36,16 +42,20 @@ def predict(config: Config, root: str, folder: Path, *, calibrated: bool) -> dic
     from cropi_core.artifacts import Store
     from cropi_core.planning import estimate as plan
     from cropi_core.planning.calibration import Calibration, facts
+    from cropi_core.planning.card_plan import has_device, on_device
+    from cropi_core.planning.cards import find_card
     from cropi_core.planning.rehearsal import rehearse
     from cropi_core.planning.terms import Limits
     from cropi_core.runs import run_id
 
     imports_s = time.monotonic() - start
+    chosen = find_card(card) if card else None
     (folder / "store").mkdir()
     rehearsed = rehearse(config, Store(root), folder / "store")
     limits = Limits.of(config)
     measured: Measured | None = None
     calibrated = calibrated and config.training.engine != "command"  # a measurement would run it
+    calibrated = calibrated and (chosen is None or has_device(config))
     if calibrated and any(work.origin == "computed" for work in rehearsed.works):
         (folder / "measured").mkdir()
         calibration = Calibration(config, rehearsed.policy, rehearsed.prompts, folder / "measured")
@@ -53,12 +63,14 @@ def predict(config: Config, root: str, folder: Path, *, calibrated: bool) -> dic
     assumptions = measured.assumptions if measured else assumed(config, rehearsed, limits)
     speeds = measured.speeds if measured else None
     steps = plan.estimate(rehearsed.works, assumptions, speeds, limits)
+    on_gpu = chosen is not None or config.runtime.device.startswith("cuda")
     return {
         "run": run_id(config),
         "calibration": facts(measured) if measured else None,
         "steps": [row(step) for step in steps],
         "stages": [row(stage) for stage in plan.by_stage(steps)],
         "totals": row(plan.total(steps)),
+        "device_memory": on_device(config, rehearsed, assumptions, speeds, chosen) if on_gpu else None,
         "notes": notes(config, rehearsed, assumptions.samples, measured),
     }
 
@@ -183,7 +195,7 @@ def _servers(config: Config, rehearsed: "Rehearsed") -> list[str]:
         ]
     return [
         f"{len(todo)} steps start {vllm.servers} of vLLM's servers each, which is in their seconds; the servers' "
-        "memory is not counted (--gpu-memory-utilization is its limit)"
+        "memory is not in the table of steps (--gpu-memory-utilization is its limit; --card compares it with a GPU)"
     ]
 
 

@@ -37,6 +37,14 @@ from data_schemas import Grading, Launch, Objective, Runtime, Training
 SECTIONS = {"training": Training, "objective": Objective, "grading": Grading, "runtime": Runtime}
 MARK = "cropi:"
 """Begins a message; the other lines are output of the processes."""
+SHARDED = {
+    "fsdp_version": 2,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # the decoder layers that the model names
+    "fsdp_reshard_after_forward": True,
+    "fsdp_state_dict_type": "FULL_STATE_DICT",
+    "fsdp_cpu_ram_efficient_loading": False,  # each process reads the checkpoint
+}
+"""Accelerate's settings of ``runtime.launch.sharded``."""
 
 
 def launched(arguments: dict[str, Any], runtime: Runtime, report: Report, logs: Path) -> dict[str, Any]:
@@ -111,7 +119,10 @@ def command_line(launch: Launch, device: str, dtype: str, folder: Path, job: Pat
         )
     if not launch.config:
         kind = "NO" if launch.processes == 1 else "MULTI_CPU" if on_cpu else "MULTI_GPU"
-        config.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": kind}))
+        settings: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind}
+        if launch.sharded:
+            settings |= {"distributed_type": "FSDP", "fsdp_config": SHARDED}
+        config.write_text(yaml.safe_dump(settings))
     return [  # the launcher starts its ranks with `-m` alone: PYTHONSAFEPATH of the environment holds for them
         *python_command("accelerate.commands.launch", "--config_file", str(config)),
         *("--num_processes", str(launch.processes), "--num_machines", "1", "--machine_rank", "0"),

@@ -17,7 +17,7 @@ from tests.support.tiny import go
 
 pytestmark = [pytest.mark.extended, pytest.mark.slow, pytest.mark.timeout(900)]
 
-PRESETS = ["paper-1.5b", "single-80gb", "small-gpu"]
+PRESETS = ["paper-1.5b", "paper-7b", "single-80gb", "small-gpu"]
 LAYOUTS = {
     "gsm8k": lambda q, a: {"question": q, "answer": f"It is so.\n#### {a}"},
     "math": lambda q, a: {
@@ -70,12 +70,13 @@ def shrunk(name, folder):
     settings["gradients"] |= {"rows_per_shard": 16, "block_rows": 16}
     settings["diagnostics"]["spot_check"] = min(settings["diagnostics"]["spot_check"], 6)
     settings["selection"]["ratio"] = 0.2
-    settings["training"] |= {"steps": 2, "prompts_per_step": 4}
+    settings["training"] |= {"steps": 2, "prompts_per_step": 4, "engine": "transformers"}
     settings["runtime"] |= {"device": "cpu", "threads": 1, "vllm": {}}
     if "launch" in settings["runtime"]:
         settings["runtime"]["launch"]["processes"] = 2
-    # Neither a process a step, two dozen that each import torch, nor a Ray cluster, which Prefect's flows start.
-    for elsewhere in ("mode", "ray"):
+    # Neither a process a step, two dozen that each import torch, nor a Ray cluster, which Prefect's flows start; nor an
+    # interpreter with vLLM and its settings.
+    for elsewhere in ("mode", "ray", "python", "trl", "workers"):
         settings["runtime"].pop(elsewhere, None)
     return Config.model_validate(settings)
 

@@ -47,6 +47,7 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "pip install -c constraints.txt '.[all]'": "the Makefile's installation is this with -e",
     "cropi run configs/gsm8k-smollm2.yaml": "a checkpoint of a hub and an hour",
     "cropi run configs/small-gpu.yaml": "a GPU",
+    "cropi plan configs/single-80gb.yaml --card h100-80gb": "a hub; tests/cropi_core/planning/test_device_memory.py",
     "cropi run demo -o runtime.ray.address=ray://head:10001 -o runtime.ray.workers=16": "a cluster",
     "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token": "a cluster",
     "ray get-auth-token --generate > /dev/null": "a cluster",

@@ -25,18 +25,6 @@ from tests.support.training import CPU, SMALL, arguments_of, digest, rows_of, wr
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FSDP = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: FULL_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: false
-"""
-
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
@@ -96,9 +84,7 @@ def test_one_launched_process_is_one_in_process(shared: Path, alone):
 
 @pytest.mark.extended
 def test_weights_in_shards_give_what_whole_ones_give(shared: Path, alone):
-    config = shared / "fsdp.yaml"
-    config.write_text(FSDP)
-    _, target = run(shared, "fsdp", Launch(processes=2, config=str(config)))
+    _, target = run(shared, "fsdp", Launch(processes=2, sharded=True))
     for a, b in zip(rows_of(alone[1]), rows_of(target), strict=True):
         assert a["reward"] == b["reward"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
