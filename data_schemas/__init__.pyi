@@ -42,6 +42,7 @@ from .rollouts import Engine as Engine
 from .rollouts import Passes as Passes
 from .rollouts import Rollouts as Rollouts
 from .rollouts import Sampling as Sampling
+from .rollouts import Waking as Waking
 from .runtime import Launch as Launch
 from .runtime import Ray as Ray
 from .runtime import Runtime as Runtime
@@ -57,6 +58,7 @@ from .steps import Dtype as Dtype
 from .steps import EvaluationSettings as EvaluationSettings
 from .steps import Fallback as Fallback
 from .steps import GradientsSettings as GradientsSettings
+from .steps import MergedRolloutsSettings as MergedRolloutsSettings
 from .steps import PolicySettings as PolicySettings
 from .steps import PromptsSettings as PromptsSettings
 from .steps import RolloutsSettings as RolloutsSettings
@@ -68,6 +70,7 @@ from .steps import SpotPromptsSettings as SpotPromptsSettings
 from .steps import StepSpec as StepSpec
 from .steps import TrainingObjective as TrainingObjective
 from .steps import TrainingSettings as TrainingSettings
+from .steps import WakingPromptsSettings as WakingPromptsSettings
 from .steps import artifact_key as artifact_key
 from .steps import canonical_json as canonical_json
 from .study import Arm as Arm

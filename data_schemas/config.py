@@ -93,7 +93,7 @@ class Config(Section):
         if self.rollouts.engine != "vllm" or self.stages == 1 or not self.needs_rollouts:
             return []
         later = {
-            "rollouts.refresh=always": self.rollouts.refresh == "always",
+            f"rollouts.refresh={self.rollouts.refresh}": self.rollouts.refresh != "never",
             f"diagnostics.spot_check={self.diagnostics.spot_check}": self.needs_spot_check,
             "a limit of diagnostics that refreshes": self.may_refresh,
         }
@@ -117,7 +117,7 @@ class Config(Section):
     @property
     def may_refresh(self) -> bool:
         """Whether a stage after the first may collect trajectories."""
-        if self.rollouts.refresh == "always":
+        if self.rollouts.refresh != "never":
             return True
         return self.needs_gradients and self.diagnostics.refreshes and self.rescore == "each_stage"
 

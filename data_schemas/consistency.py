@@ -83,10 +83,10 @@ def scored_once(rescore: str, rollouts: Rollouts, scores: Scores) -> list[str]:
     if rescore != "once":
         return []
     faults = []
-    if rollouts.refresh == "always":
+    if rollouts.refresh != "never":
         faults.append(
-            "rollouts.refresh=always with rescore=once: the scores are those of the first stage's trajectories, so "
-            "newer trajectories would not be used; set rescore=each_stage or rollouts.refresh=never"
+            f"rollouts.refresh={rollouts.refresh} with rescore=once: the scores are those of the first stage's "
+            "trajectories, so newer trajectories would not be used; set rescore=each_stage or rollouts.refresh=never"
         )
     if scores.memory:
         faults.append(
@@ -273,7 +273,7 @@ def set_names(data: Data) -> list[str]:
         faults.append(f"data.validation and data.test share the names {sorted(shared)}")
     if reserved := set(data.validation) & SCORE_COLUMNS:
         faults.append(f"data.validation names {sorted(reserved)} are columns of the scores table")
-    if slots := {"pool", "spot"} & (set(data.validation) | set(data.test)):
+    if slots := {"pool", "spot", "waking"} & (set(data.validation) | set(data.test)):
         faults.append(
             f"data names {sorted(slots)} are reserved for slots such as rollouts/pool; use other names"
         )

@@ -36,6 +36,22 @@ class Passes(Section):
     )
 
 
+class Waking(Section):
+    """Which prompts of the pool `refresh: waking` samples again at a later stage, and how many."""
+
+    tokens: int = Field(
+        default=10_000, ge=1, description="Budget: about so many tokens of completions of the pool a stage."
+    )
+    samples: int | None = Field(
+        default=None, ge=1, le=1024, description="Completions of such a prompt; empty: `pool.samples`."
+    )
+    neighbours: int = Field(
+        default=8,
+        ge=1,
+        description="How many of the validation prompts that read most like a prompt say whether it is sampled again.",
+    )
+
+
 class Rollouts(Section):
     """Collection of trajectories."""
 
@@ -50,9 +66,13 @@ class Rollouts(Section):
         description="Sample the pool in passes; `pool.samples` is then the most that a prompt gets. Empty: all prompts "
         "get that many.",
     )
-    refresh: Literal["never", "always"] = Field(
+    refresh: Literal["never", "always", "waking"] = Field(
         default="never",
-        description="Collect once, or before every stage; `diagnostics` collects again where it must be.",
+        description="Collect once, or before every stage; `diagnostics` collects again where it must be. `waking`: at "
+        "later stages the validation sets, and prompts that read like validation prompts whose rewards differ now.",
+    )
+    waking: Annotated[Waking, LATER] = Field(
+        default=Waking(), description="`refresh: waking`: the budget and the rule."
     )
     shard_prompts: Annotated[int, ADVANCED] = Field(
         default=64, ge=1, description="Prompts a shard: what a stop can cost at most."

@@ -18,7 +18,7 @@ from data_schemas.data import Decontaminate
 from data_schemas.evaluation import Evaluation
 from data_schemas.gradients import Gradients, LossType, Objective, Projection
 from data_schemas.records import ArtifactRef, Kind, Record, StepName
-from data_schemas.rollouts import Engine, Passes, Sampling
+from data_schemas.rollouts import Engine, Passes, Sampling, Waking
 from data_schemas.scores import Scores
 from data_schemas.section import LATER, Section
 from data_schemas.selection import Selection
@@ -65,6 +65,15 @@ class SpotPromptsSettings(Section):
     seed: int
 
 
+class WakingPromptsSettings(Section):
+    """The prompts of a pool that a later stage samples again."""
+
+    waking: Waking
+    samples: int = Field(description="Completions of a prompt that is sampled again.")
+    group: int = Field(description="Samples of a training group.")
+    seed: int
+
+
 class PolicySettings(Section):
     """A base policy: the digest of its files, and the chat template that the run sets."""
 
@@ -82,6 +91,12 @@ class RolloutsSettings(Section):
     shard_prompts: int
     engine: Annotated[Engine, LATER] = "transformers"
     passes: Annotated[Passes | None, LATER] = None
+
+
+class MergedRolloutsSettings(Section):
+    """Stored rollouts of a pool, in which fresh ones replace those of the same prompts."""
+
+    merged: Literal["fresh"] = "fresh"
 
 
 class GradientsSettings(Section):

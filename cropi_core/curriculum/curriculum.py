@@ -33,6 +33,7 @@ from data_schemas import (
     EvaluationSettings,
     Fallback,
     GradientsSettings,
+    MergedRolloutsSettings,
     PolicySettings,
     RolloutsSettings,
     RunRecord,
@@ -44,6 +45,7 @@ from data_schemas import (
     StageCheck,
     TrainingObjective,
     TrainingSettings,
+    WakingPromptsSettings,
 )
 
 Approve = Callable[[int, ArtifactRef, str | None], float | None]
@@ -149,11 +151,38 @@ class Curriculum:
         names = ["pool", *(self.config.data.validation if self.config.needs_gradients else [])]
         return {name: self._collect(name, stage, policy, sets[name]) for name in names}
 
+    def _waking(
+        self,
+        stage: int,
+        policy: ArtifactRef,
+        sets: dict[str, ArtifactRef],
+        stored: dict[str, ArtifactRef],
+    ) -> dict[str, ArtifactRef]:
+        """Sample the validation sets again, and the prompts of the pool that read like what begins to be solved."""
+        config = self.config
+        fresh = {name: self._collect(name, stage, policy, sets[name]) for name in config.data.validation}
+        settings = WakingPromptsSettings(
+            waking=config.rollouts.waking,
+            samples=config.rollouts.waking.samples or config.rollouts.pool.samples,
+            group=config.training.sampling.samples,
+            seed=config.seed,
+        )
+        inputs = {"prompts": sets["pool"], "stored": stored["pool"]}
+        inputs |= {f"validation.{name}": sets[name] for name in fresh}
+        inputs |= {f"rollouts.{name}": ref for name, ref in fresh.items()}
+        prompts = self.run.step("prompts", f"prompts/waking@{stage}", settings, inputs)
+        waking = self._collect("waking", stage, policy, prompts)
+        merged = {"prompts": sets["pool"], "stored": stored["pool"], "fresh": waking}
+        pool = self.run.step("rollouts", f"rollouts/pool@{stage}", MergedRolloutsSettings(), merged)
+        return {"pool": pool, **fresh}
+
     def _collect(
         self, name: str, stage: int, policy: ArtifactRef, prompts: ArtifactRef, seed: int = 0
     ) -> ArtifactRef:
         rollouts = self.config.rollouts
         sampling = rollouts.validation if name in self.config.data.validation else rollouts.pool
+        if name == "waking" and rollouts.waking.samples:
+            sampling = sampling.model_copy(update={"samples": rollouts.waking.samples})
         settings = RolloutsSettings(
             dtype=self._dtype,
             grading=self._grading,
@@ -209,6 +238,8 @@ class Curriculum:
         renewed = config.rollouts.refresh == "always" or pins_rollouts(config, stage)
         if config.needs_rollouts and (not rollouts or renewed):
             rollouts = self._rollouts(stage, policy, sets)
+        elif config.rollouts.refresh == "waking" and chosen.reads_rollouts:
+            rollouts = self._waking(stage, policy, sets, rollouts)
         if chosen.reads_gradients:
             if config.scores_at(stage):
                 rollouts, scores, check = self._checked_scores(stage, policy, sets, rollouts)

@@ -32,6 +32,7 @@ from data_schemas import (
     DiagnosticsSettings,
     EvaluationSettings,
     GradientsSettings,
+    MergedRolloutsSettings,
     MixSource,
     Objective,
     PolicySettings,
@@ -43,6 +44,7 @@ from data_schemas import (
     SpotPromptsSettings,
     StepName,
     TrainingSettings,
+    WakingPromptsSettings,
 )
 
 StepFunction = Callable[[Work], dict[str, Any]]
@@ -54,6 +56,8 @@ def prompts_step(work: Work) -> dict[str, Any]:
 
     if "spot" in work.spec.settings:
         return _spot_prompts(work)
+    if "waking" in work.spec.settings:
+        return _waking_prompts(work)
     settings = PromptsSettings.model_validate(work.spec.settings)
     source: Source = TypeAdapter(Source).validate_python(settings.source)
     if isinstance(source, MixSource):
@@ -85,6 +89,31 @@ def _spot_prompts(work: Work) -> dict[str, Any]:
     return summarise(table)
 
 
+def _waking_prompts(work: Work) -> dict[str, Any]:
+    """Choose the prompts of the pool that a later stage samples again."""
+    from cropi_core.prompts import read_prompts, summarise, write_prompts
+    from cropi_core.rollouts import list_lengths, read_rollouts
+    from cropi_core.selection import Sampled, reward_sums, waking_prompts
+
+    settings = WakingPromptsSettings.model_validate(work.spec.settings)
+    sets = []
+    for name, path in _named(work.inputs, "validation.").items():
+        prompts = read_prompts(path / PROMPTS_FILE)
+        rollouts = work.inputs[f"rollouts.{name}"] / ROLLOUTS
+        sets.append(Sampled(prompts, *reward_sums(rollouts, prompts["prompt_id"].to_pylist())))
+    stored = list_lengths(read_rollouts(work.inputs["stored"] / ROLLOUTS)["completion_ids"])
+    table = waking_prompts(
+        read_prompts(work.inputs["prompts"] / PROMPTS_FILE),
+        sets,
+        settings.waking,
+        group=settings.group,
+        tokens=float(stored.mean()) * settings.samples,
+        seed=settings.seed,
+    )
+    write_prompts(table, work.out / PROMPTS_FILE)
+    return summarise(table)
+
+
 def policy_step(work: Work) -> dict[str, Any]:
     """Check a checkpoint, copy it into the store, and give it the run's chat template."""
     from cropi_core.policy import copy_checkpoint
@@ -97,6 +126,8 @@ def rollouts_step(work: Work) -> dict[str, Any]:
     """Sample and grade completions, part by part."""
     from cropi_core.rollouts import RolloutPlan, sample_rollouts
 
+    if "merged" in work.spec.settings:
+        return _merged_rollouts(work)
     settings = RolloutsSettings.model_validate(work.spec.settings)
     return sample_rollouts(
         policy=_checkpoint(work, settings.dtype),
@@ -109,6 +140,21 @@ def rollouts_step(work: Work) -> dict[str, Any]:
         runtime=work.runtime,
         report=work.report,
         logs=work.logs,
+    )
+
+
+def _merged_rollouts(work: Work) -> dict[str, Any]:
+    """Replace stored completions by fresh ones of the same prompts."""
+    from cropi_core.prompts import read_prompts
+    from cropi_core.rollouts import merge_rollouts
+
+    MergedRolloutsSettings.model_validate(work.spec.settings)
+    prompts = read_prompts(work.inputs["prompts"] / PROMPTS_FILE)
+    return merge_rollouts(
+        work.inputs["stored"] / ROLLOUTS,
+        work.inputs["fresh"] / ROLLOUTS,
+        work.out / ROLLOUTS,
+        dict(zip(prompts["prompt_id"].to_pylist(), prompts["source"].to_pylist(), strict=True)),
     )
 
 

@@ -113,7 +113,7 @@ class _Rehearsal:
             self._link(key)
         elif cached:  # its files are elsewhere, and only its manifest is needed
             write_atomic(self.store.path(key) / MANIFEST, self.real.manifest(key).model_dump_json())
-        elif spec.step == "prompts" and "spot" not in spec.settings:
+        elif spec.step == "prompts" and not {"spot", "waking"} & set(spec.settings):
             runtime = {**spec.runtime, "mode": "in_process"}
             result = run_step(spec.model_copy(update={"runtime": runtime}), self.store)
             measured["bytes"] = sum(entry.size for entry in self.store.manifest(key).files)
@@ -138,6 +138,8 @@ class _Rehearsal:
             summary |= {"selected": subset_size(ratio, prompts), "pool": prompts, "ratio": ratio}
         if "spot" in spec.settings:
             summary["prompts"] = min(spec.settings["spot"]["prompts"], prompts)
+        if "waking" in spec.settings:
+            summary["prompts"] = waking_count(self.config, prompts)
         manifest = Manifest(
             kind=spec.kind,
             key=key,
@@ -164,6 +166,13 @@ def _step(slot: str) -> Any:
     return Slot.parse(slot).kind
 
 
+def waking_count(config: Config, pool: int) -> int:
+    """Return how many prompts of the pool a later stage samples again, if completions have full length."""
+    waking, sampling = config.rollouts.waking, config.rollouts.pool
+    tokens = (waking.samples or sampling.samples) * sampling.max_new_tokens
+    return max(1, min(pool, waking.tokens // tokens))
+
+
 def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> Work:
     """Add the counts of a step's work to it.
 
@@ -175,14 +184,22 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
     """
     slot = Slot.parse(work.slot)
     kind, place = slot.kind, slot.set
+    waking = config.rollouts.refresh == "waking"
     wanted: dict[str, Any] = {"origin": origin, "stage": slot.stage or 0}
-    wanted["prompts"] = sizes.get(place or "pool", min(config.diagnostics.spot_check, sizes["pool"]))
+    drawn = {
+        "spot": min(config.diagnostics.spot_check, sizes["pool"]),
+        "waking": waking_count(config, sizes["pool"]),
+    }
+    wanted["prompts"] = (sizes | drawn)[place or "pool"]
     if place in config.data.validation:
         wanted["source"] = "validation"
     if kind in ("rollouts", "gradients"):
         of = config.rollouts.validation if place in config.data.validation else config.rollouts.pool
         passes = config.rollouts.passes is not None and (place or "pool") == "pool"
-        wanted |= {"samples": of.samples, "passes": passes, "max_new_tokens": of.max_new_tokens}
+        again = config.rollouts.waking.samples if place == "waking" else None
+        wanted |= {"samples": again or of.samples, "passes": passes, "max_new_tokens": of.max_new_tokens}
+        if work.step == "rollouts" and place == "pool" and wanted["stage"] > 1 and waking:
+            wanted["prompts"] = 0  # put together from stored completions and those sampled again
     if place == "spot" and kind in ("gradients", "scores"):
         wanted["rows"] = wanted["prompts"] * (1 - config.diagnostics.spot_dead_share)
     if kind == "evaluation":

@@ -1,5 +1,6 @@
 from .collect import RolloutPlan as RolloutPlan
 from .collect import sample_rollouts as sample_rollouts
+from .merging import merge_rollouts as merge_rollouts
 from .parity import Parity as Parity
 from .parity import completion_logprobs as completion_logprobs
 from .parity import parity_summary as parity_summary

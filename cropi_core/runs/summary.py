@@ -175,7 +175,7 @@ def tokens_of(manifest: Manifest) -> Tokens:
     if manifest.step == "training":
         return Tokens(summary.get("tokens_generated", 0), summary.get("tokens_trained", 0))
     if manifest.step in ("rollouts", "evaluation"):
-        return Tokens(summary.get("tokens", 0))
+        return Tokens(summary.get("sampled_tokens", summary.get("tokens", 0)))
     if manifest.step == "gradients":
         some = manifest.settings.get("layout", {}).get("layers", "all") != "all"
         count = summary.get("tokens", 0)

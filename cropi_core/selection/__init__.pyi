@@ -14,3 +14,5 @@ from .evidence import reward_sums as reward_sums
 from .selected import ranked_prompts as ranked_prompts
 from .strategies import select as select
 from .strategies import subset_size as subset_size
+from .waking import Sampled as Sampled
+from .waking import waking_prompts as waking_prompts

@@ -165,7 +165,9 @@ def cost(slot: str, made: Manifest, store: Store) -> Cost:
         if layers == "all":
             return Cost(trained=passed, seconds=made.seconds)
         return Cost(forward=round(passed * FORWARDS[layers]), seconds=made.seconds)
-    return Cost(int(summary["tokens"]) if made.step == "rollouts" else 0, seconds=made.seconds)
+    if made.step == "rollouts":
+        return Cost(int(summary.get("sampled_tokens", summary["tokens"])), seconds=made.seconds)
+    return Cost(seconds=made.seconds)
 
 
 @cache
