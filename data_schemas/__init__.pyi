@@ -38,6 +38,7 @@ from .records import RunRecord as RunRecord
 from .records import SlotRecord as SlotRecord
 from .records import StageCheck as StageCheck
 from .records import StepName as StepName
+from .records import Verdict as Verdict
 from .rollouts import Engine as Engine
 from .rollouts import Passes as Passes
 from .rollouts import Rollouts as Rollouts
@@ -58,6 +59,7 @@ from .steps import Dtype as Dtype
 from .steps import EvaluationSettings as EvaluationSettings
 from .steps import Fallback as Fallback
 from .steps import GradientsSettings as GradientsSettings
+from .steps import HalvedRolloutsSettings as HalvedRolloutsSettings
 from .steps import MergedRolloutsSettings as MergedRolloutsSettings
 from .steps import PolicySettings as PolicySettings
 from .steps import PromptsSettings as PromptsSettings

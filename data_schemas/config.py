@@ -112,7 +112,7 @@ class Config(Section):
     @property
     def needs_spot_check(self) -> bool:
         """Whether a stage's scores are compared with scores of fresh trajectories."""
-        return self.selection.strategy == "influence" and self.diagnostics.spot_check > 0
+        return self.selection.strategy in ("influence", "auto") and self.diagnostics.spot_check > 0
 
     @property
     def may_refresh(self) -> bool:

@@ -6,7 +6,7 @@ change. :meth:`data_schemas.config.Config.contradictions` applies all rules.
 
 from collections.abc import Iterable, Mapping
 
-from data_schemas.data import Data, MixSource, ReasoningGymSource, TableSource
+from data_schemas.data import Data, MixSource, ReasoningGymSource, TableSource, WorldSource
 from data_schemas.diagnostics import Diagnostics
 from data_schemas.gradients import Gradients, Objective, Projection
 from data_schemas.grading import Grading
@@ -273,7 +273,7 @@ def set_names(data: Data) -> list[str]:
         faults.append(f"data.validation and data.test share the names {sorted(shared)}")
     if reserved := set(data.validation) & SCORE_COLUMNS:
         faults.append(f"data.validation names {sorted(reserved)} are columns of the scores table")
-    if slots := {"pool", "spot", "waking"} & (set(data.validation) | set(data.test)):
+    if slots := {"pool", "spot", "waking", "halves"} & (set(data.validation) | set(data.test)):
         faults.append(
             f"data names {sorted(slots)} are reserved for slots such as rollouts/pool; use other names"
         )
@@ -341,7 +341,7 @@ def verifier_names(data: Data, grading: Grading) -> list[str]:
             named |= {f"{place}.sources.{number}": one for number, one in enumerate(source.sources)}
     chosen: dict[str, str | None] = {}
     for place, source in named.items():
-        if isinstance(source, TableSource):
+        if isinstance(source, TableSource | WorldSource):
             chosen[place] = source.verifier
         elif isinstance(source, ReasoningGymSource):
             chosen |= {f"{place}.tasks.{name}": task.verifier for name, task in source.tasks.items()}

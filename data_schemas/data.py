@@ -51,6 +51,11 @@ class WorldSource(Section):
     kind: Literal["world"] = "world"
     families: dict[str, Annotated[int, Field(ge=1)]] = Field(description="Prompts by family.")
     seed: int = Field(default=0, ge=0, description="Of the generated tasks; apart from the run's seed.")
+    verifier: Annotated[str, LATER] = Field(
+        default="exact",
+        description="What grades them; another one is defined in `grading`, such as the noisy rewards of "
+        "`cropi_core.world.noisy_rewards`.",
+    )
 
 
 class TableSource(Section):

@@ -80,6 +80,14 @@ class Diagnostics(Section):
         description="Added to the seed of the stage's trajectories; 0 draws the completions of a fresh pool again.",
     )
 
+    halves: Annotated[int, LATER, ADVANCED] = Field(
+        default=128,
+        ge=12,
+        le=10_000,
+        description="`selection.strategy: auto`: most prompts of the pool whose completions are halved at every stage; "
+        "their gradients are computed again, half by half.",
+    )
+
     @property
     def refreshes(self) -> bool:
         """Whether any limit has the action `refresh`."""

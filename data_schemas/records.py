@@ -101,6 +101,17 @@ class Finding(Record):
     passed: bool = Field(default=False, description="Whether the value lies beyond the limit.")
 
 
+class Verdict(Record):
+    """How reliable the scores of a stage are, and what followed."""
+
+    grade: Literal["reliable", "weak", "noise", "unknown"]
+    figure: float | None = Field(
+        description="Rank correlation with scores from other completions and other validation prompts."
+    )
+    basis: str = Field(description="What was halved to measure it.")
+    follows: str = Field(description="What the stage did.")
+
+
 class StageCheck(Record):
     """The reliability metrics of a stage's scores, and the resulting decision."""
 
@@ -110,6 +121,7 @@ class StageCheck(Record):
     )
     findings: list[Finding]
     action: Literal["none", "refresh", "random"]
+    verdict: Verdict | None = None
 
 
 class RunRecord(Record):

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 
 from data_schemas.section import LATER, Section
 
-Strategy = Literal["influence", "random", "full", "learnability", "pass_rate", "grad_norm", "text_similarity"]
+Strategy = Literal[
+    "influence", "auto", "random", "full", "learnability", "pass_rate", "grad_norm", "text_similarity"
+]
 
 
 class Selection(Section):
@@ -17,7 +19,9 @@ class Selection(Section):
         default="influence",
         description="What orders the pool: influence, chance, nothing (`full` takes all prompts), variance of the "
         "rewards, distance to `pass_rate_target`, the norm of the gradient, or the similarity of the text to the "
-        "validation prompts (`text_similarity`), which needs no rollouts: the baseline that influence must beat.",
+        "validation prompts (`text_similarity`), which needs no rollouts: the baseline that influence must beat. "
+        "`auto`: influence while it is reliable, shrunk to clusters of gradients where it is weak, pass rates or "
+        "chance where it is noise.",
     )
     ratio: float = Field(default=0.1, gt=0, le=1, description="Share of the pool.")
     later: Annotated[Literal["pass_rate", "learnability", "random"] | None, LATER] = Field(
@@ -47,7 +51,7 @@ class Selection(Section):
     @property
     def reads_gradients(self) -> bool:
         """Whether the strategy reads gradients."""
-        return self.strategy in ("influence", "grad_norm")
+        return self.strategy in ("influence", "auto", "grad_norm")
 
     @property
     def reads_rollouts(self) -> bool:

@@ -99,6 +99,13 @@ class MergedRolloutsSettings(Section):
     merged: Literal["fresh"] = "fresh"
 
 
+class HalvedRolloutsSettings(Section):
+    """Halves of the completions of some prompts of a pool."""
+
+    halves: int = Field(description="Most prompts.")
+    seed: int
+
+
 class GradientsSettings(Section):
     """Projected gradients of a set of rollouts."""
 

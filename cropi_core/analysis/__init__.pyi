@@ -8,6 +8,8 @@ from .contrast import contrast as contrast
 from .contrast import fixed as fixed
 from .contrast import level_numbers as level_numbers
 from .findings import Verdict as Verdict
+from .levels import Levels as Levels
+from .levels import read_levels as read_levels
 from .likeness import redundancy as redundancy
 from .likeness import similarity as similarity
 from .reading import RunChosen as RunChosen

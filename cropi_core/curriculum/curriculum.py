@@ -18,12 +18,21 @@ from cropi_core.artifacts import CHECKPOINT, PROMPTS_FILE, Store
 from cropi_core.curriculum.pins import check_pinned_prompts
 from cropi_core.curriculum.run import Execute, Run
 from cropi_core.curriculum.slots import pin_for, pins_rollouts, source_settings
-from cropi_core.diagnostics import GRADIENT_RULES, RULES, collect_figures, consequence, judge, random_limits
+from cropi_core.diagnostics import (
+    GRADIENT_RULES,
+    RULES,
+    collect_figures,
+    consequence,
+    judge,
+    random_limits,
+    verdict_sentence,
+)
 from cropi_core.errors import SelectionError
 from cropi_core.policy import chat_settings, check_targets, resolve_checkpoint, tree_digest
 from cropi_core.prompts import check_disjoint, check_rendering, check_verifiers
 from cropi_core.rewards import grading_location, key_settings
 from cropi_core.runs import load_run, run_id
+from cropi_core.scores import LEAST, RELIABLE, doubled
 from data_schemas import (
     ArtifactRef,
     Config,
@@ -33,6 +42,7 @@ from data_schemas import (
     EvaluationSettings,
     Fallback,
     GradientsSettings,
+    HalvedRolloutsSettings,
     MergedRolloutsSettings,
     PolicySettings,
     RolloutsSettings,
@@ -45,6 +55,7 @@ from data_schemas import (
     StageCheck,
     TrainingObjective,
     TrainingSettings,
+    Verdict,
     WakingPromptsSettings,
 )
 
@@ -247,6 +258,11 @@ class Curriculum:
                 entry = self.run.record.slots.get("scores@1")
                 scores, check = entry.ref if entry else None, self.run.record.checks[-1]
             inputs |= {"scores": scores} if scores else {}
+            if chosen.strategy == "auto":
+                strategy = self._trusted(scores)
+                settings = settings.model_copy(
+                    update={"selection": chosen.model_copy(update={"strategy": strategy})}
+                )
             if check.action == "random":
                 settings = SelectionSettings(
                     selection=chosen.model_copy(update={"strategy": "random"}),
@@ -309,11 +325,16 @@ class Curriculum:
             check = self._judge(stage, policy, rollouts, gradients, GRADIENT_RULES)
             live = self.run.store.manifest(gradients["pool"]).summary["status"]["ok"]
             if check.action == "none" or (check.action == "random" and live):
-                scores = self._score(stage, gradients, sets["pool"])
+                halves = self._halves(stage, policy, rollouts)
+                scores = self._score(stage, gradients, sets["pool"], halves=halves)
                 spot = self._spot_check(stage, policy, sets, gradients, scores)
-                influence = self.config.selection.strategy == "influence"
+                influence = self.config.selection.strategy in ("influence", "auto")
                 rules = RULES if influence else GRADIENT_RULES
                 check = self._judge(stage, policy, rollouts, gradients, rules, scores, spot)
+                if influence:
+                    verdict = self._verdict(scores)
+                    check = check.model_copy(update={"verdict": verdict})
+                    self.run.note(f"stage {stage}: {verdict_sentence(verdict)}")
             self.run.record.checks.append(check)
             if note := consequence(check):
                 self.run.note(note)
@@ -321,6 +342,48 @@ class Curriculum:
                 return rollouts, scores, check
             self._set_aside(stage)
             rollouts = self._rollouts(stage, policy, sets)
+
+    def _halves(
+        self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
+    ) -> ArtifactRef | None:
+        """Compute the gradients of halves of some prompts' completions; None if too few prompts can be halved."""
+        config = self.config
+        if config.selection.strategy != "auto":
+            return None
+        settings = HalvedRolloutsSettings(halves=config.diagnostics.halves, seed=config.seed + stage)
+        inputs = {"rollouts": rollouts["pool"]}
+        halved = self.run.step("rollouts", f"rollouts/halves@{stage}", settings, inputs)
+        if self.run.store.manifest(halved).summary.get("prompts", 0) < LEAST:
+            return None
+        return self._gradients(stage, policy, {"halves": halved})["halves"]
+
+    def _trusted(self, scores: ArtifactRef | None) -> Literal["influence", "pass_rate", "random"]:
+        """Return the strategy that the reliability of the scores allows."""
+        found = self.run.store.manifest(scores).summary.get("reliability", {}) if scores else {}
+        if found.get("verdict") != "noise":
+            return "influence"
+        stage = max(Slot.parse(text).stage or 0 for text in self.run.record.slots)
+        entry = self.run.record.slots.get(f"rollouts/halves@{stage}")
+        summary = self.run.store.manifest(entry.ref).summary if entry else {}
+        spread = doubled(summary.get("pass_rate_correlation"))
+        return "pass_rate" if spread is not None and spread >= RELIABLE else "random"
+
+    def _verdict(self, scores: ArtifactRef) -> Verdict:
+        """State how reliable the scores are, and what the stage does."""
+        found = self.run.store.manifest(scores).summary.get("reliability", {})
+        grade = found.get("verdict") or "unknown"
+        auto = self.config.selection.strategy == "auto"
+        strategy = self._trusted(scores) if auto else "influence"
+        follows = "selected by influence"
+        if auto and strategy != "influence":
+            follows = {"pass_rate": "selected by pass rate", "random": "selected at random"}[strategy]
+        elif auto and grade == "weak":
+            follows = "selected by influence, shrunk to clusters of gradients"
+        elif grade in ("weak", "noise"):
+            follows = "selected by influence all the same; selection.strategy=auto would act"
+        return Verdict(
+            grade=grade, figure=found.get("figure"), basis=found.get("basis", "unknown"), follows=follows
+        )
 
     def _judge(
         self,
@@ -396,10 +459,12 @@ class Curriculum:
         gradients: dict[str, ArtifactRef],
         prompts: ArtifactRef,
         spot: ArtifactRef | None = None,
+        halves: ArtifactRef | None = None,
     ) -> ArtifactRef:
         """Score the pool against the validation sets, or the gradients of a spot check."""
         inputs = {"train": spot or gradients["pool"]}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
+        inputs |= {"halves": halves} if halves else {}
         scores, slot = self.config.scores, f"scores@{stage}"
         if spot:  # compares measured scores only
             scores, slot = scores.model_copy(update={"neighbours": 0}), f"scores/spot@{stage}"

@@ -39,6 +39,8 @@ def slot_names(config: Config) -> list[str]:
                 names += [f"{kind}/waking@{stage}" for kind in ("prompts", "rollouts")]
             if config.scores_at(stage):
                 names += [f"gradients/{name}@{stage}" for name in measured] + [f"scores@{stage}"]
+            if config.scores_at(stage) and config.selection.strategy == "auto":
+                names += [f"{kind}/halves@{stage}" for kind in ("rollouts", "gradients")]
             if config.needs_spot_check and config.scores_at(stage):
                 spot = ("prompts", "rollouts", "gradients", "scores")
                 names += [*[f"{kind}/spot@{stage}" for kind in spot], f"diagnostics@{stage}"]

@@ -32,6 +32,7 @@ from data_schemas import (
     DiagnosticsSettings,
     EvaluationSettings,
     GradientsSettings,
+    HalvedRolloutsSettings,
     MergedRolloutsSettings,
     MixSource,
     Objective,
@@ -128,6 +129,8 @@ def rollouts_step(work: Work) -> dict[str, Any]:
 
     if "merged" in work.spec.settings:
         return _merged_rollouts(work)
+    if "halves" in work.spec.settings:
+        return _halved_rollouts(work)
     settings = RolloutsSettings.model_validate(work.spec.settings)
     return sample_rollouts(
         policy=_checkpoint(work, settings.dtype),
@@ -158,6 +161,15 @@ def _merged_rollouts(work: Work) -> dict[str, Any]:
     )
 
 
+def _halved_rollouts(work: Work) -> dict[str, Any]:
+    """Halve the completions of some prompts."""
+    from cropi_core.rollouts import halve_rollouts
+
+    settings = HalvedRolloutsSettings.model_validate(work.spec.settings)
+    stored = work.inputs["rollouts"] / ROLLOUTS
+    return halve_rollouts(stored, work.out / ROLLOUTS, prompts=settings.halves, seed=settings.seed)
+
+
 def gradients_step(work: Work) -> dict[str, Any]:
     """Compute projected gradients of the objective, shard by shard."""
     from cropi_core.gradients import FeatureSettings, extract_gradients
@@ -182,7 +194,7 @@ def scores_step(work: Work) -> dict[str, Any]:
     from cropi_core.scores import score
 
     settings = ScoresSettings.model_validate(work.spec.settings)
-    previous, prompts = work.inputs.get("previous"), work.inputs.get("prompts")
+    previous, prompts, halves = (work.inputs.get(name) for name in ("previous", "prompts", "halves"))
     return score(
         train=work.inputs["train"] / GRADIENTS,
         validation={n: path / GRADIENTS for n, path in _named(work.inputs, "validation.").items()},
@@ -191,6 +203,7 @@ def scores_step(work: Work) -> dict[str, Any]:
         seed=settings.seed,
         previous=previous / SCORES_FILE if previous else None,
         prompts=prompts / PROMPTS_FILE if prompts else None,
+        halves=halves / GRADIENTS if halves else None,
         report=work.report,
     )
 

@@ -8,8 +8,10 @@ from .limits import consequence as consequence
 from .limits import format_limit as format_limit
 from .limits import format_number as format_number
 from .limits import format_value as format_value
+from .limits import format_verdict as format_verdict
 from .limits import judge as judge
 from .limits import random_limits as random_limits
+from .limits import verdict_sentence as verdict_sentence
 from .spot_check import agreement as agreement
 from .spot_check import compare_scores as compare_scores
 from .spot_check import draw_spot as draw_spot

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data_schemas import Diagnostics, Finding, StageCheck
+from data_schemas import Diagnostics, Finding, StageCheck, Verdict
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,23 @@ def random_limits(check: StageCheck) -> list[str]:
     return [f.rule for f in check.findings if f.passed and f.rule and f.action == "random"]
 
 
+def verdict_sentence(verdict: Verdict) -> str:
+    """Describe a verdict: its grade, the figure and what followed."""
+    if verdict.figure is None:
+        return f"the reliability of the scores is unknown ({verdict.basis}); {verdict.follows}"
+    return (
+        f"the scores are {verdict.grade} (rank correlation {format_number(verdict.figure)} by halves of the "
+        f"{verdict.basis}); {verdict.follows}"
+    )
+
+
+def format_verdict(verdict: Verdict | None) -> str:
+    """Format a verdict for a cell: its grade and its figure."""
+    if verdict is None:
+        return "–"
+    return verdict.grade if verdict.figure is None else f"{verdict.grade}, {format_number(verdict.figure)}"
+
+
 # -- display -------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +245,10 @@ def check_grid(checks: Sequence[StageCheck]) -> tuple[list[str], list[list[str]]
             continue
         cells = [format_value(figure, f.value) + (" !" if f.passed else "") for f in row]
         rows.append([figure.label, format_limit(figure, row), *cells])
+    if any(check.verdict for check in checks):
+        rows.insert(0, ["verdict", "", *[format_verdict(check.verdict) for check in checks]])
+        done = [check.verdict.follows if check.verdict else "" for check in checks]
+        rows.insert(1, ["what followed", "", *done])
     if rows:
         rows.append(["done", "", *[check.action for check in checks]])
     return header, rows

@@ -140,6 +140,8 @@ class _Rehearsal:
             summary["prompts"] = min(spec.settings["spot"]["prompts"], prompts)
         if "waking" in spec.settings:
             summary["prompts"] = waking_count(self.config, prompts)
+        if "halves" in spec.settings:
+            summary["prompts"] = spec.settings["halves"]
         manifest = Manifest(
             kind=spec.kind,
             key=key,
@@ -189,6 +191,7 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
     drawn = {
         "spot": min(config.diagnostics.spot_check, sizes["pool"]),
         "waking": waking_count(config, sizes["pool"]),
+        "halves": 2 * min(config.diagnostics.halves, sizes["pool"]),
     }
     wanted["prompts"] = (sizes | drawn)[place or "pool"]
     if place in config.data.validation:
@@ -200,6 +203,9 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
         wanted |= {"samples": again or of.samples, "passes": passes, "max_new_tokens": of.max_new_tokens}
         if work.step == "rollouts" and place == "pool" and wanted["stage"] > 1 and waking:
             wanted["prompts"] = 0  # put together from stored completions and those sampled again
+        if place == "halves":  # of completions that exist
+            wanted["samples"] = max(1, of.samples // 2)
+            wanted["prompts"] = 0 if work.step == "rollouts" else wanted["prompts"]
     if place == "spot" and kind in ("gradients", "scores"):
         wanted["rows"] = wanted["prompts"] * (1 - config.diagnostics.spot_dead_share)
     if kind == "evaluation":

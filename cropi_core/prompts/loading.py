@@ -58,7 +58,12 @@ def load_source(
     if isinstance(source, WorldSource):
         from cropi_core.world import build  # imported late: only generation needs it, reading does not
 
-        return build(source.families, split, source.seed), {}
+        table = build(source.families, split, source.seed)
+        if source.verifier != "exact":
+            place = table.schema.get_field_index("verifier")
+            named = pa.array([source.verifier] * table.num_rows, pa.string())
+            table = table.set_column(place, table.schema.field(place), named)
+        return table, {}
     if isinstance(source, ReasoningGymSource):
         from cropi_core.prompts import reasoning_gym as gym_tasks
 

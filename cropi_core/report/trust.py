@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cropi_core.diagnostics import FIGURES, check_title, format_limit, format_number, format_value
+from cropi_core.diagnostics import (
+    FIGURES,
+    check_title,
+    format_limit,
+    format_number,
+    format_value,
+    format_verdict,
+)
 from cropi_core.formatting import percent
 from cropi_core.report.data import shown_stages
 from cropi_core.runs import Artifacts
@@ -32,6 +39,7 @@ class Panel:
     """The table, with a column per check.
 
     Attributes:
+        verdicts: The verdict about the scores of every check, and what followed; empty without one.
         spots: Data behind the metrics of every spot check.
         parity: Difference between the log-probabilities of vLLM and of the local forward pass.
     """
@@ -40,6 +48,7 @@ class Panel:
     rows: list[Row]
     trajectories: list[str]
     done: list[tuple[str, bool]]
+    verdicts: list[tuple[str, str]]
     limited: bool
     spots: list[str]
     parity: list[str]
@@ -66,6 +75,12 @@ def panel(artifacts: Artifacts) -> Panel | None:
         rows=rows,
         trajectories=[TRAJECTORIES[check.trajectories] for check in checks],
         done=[(ACTIONS[check.action], check.action != "none") for check in checks],
+        verdicts=[
+            (format_verdict(check.verdict), check.verdict.follows if check.verdict else "")
+            for check in checks
+        ]
+        if any(check.verdict for check in checks)
+        else [],
         limited=any(finding.rule for check in checks for finding in check.findings),
         spots=[text for check in checks if (text := _spot(artifacts, check)) is not None],
         parity=parity(artifacts),

@@ -1,5 +1,7 @@
 from .collect import RolloutPlan as RolloutPlan
 from .collect import sample_rollouts as sample_rollouts
+from .halving import HALVES as HALVES
+from .halving import halve_rollouts as halve_rollouts
 from .merging import merge_rollouts as merge_rollouts
 from .parity import Parity as Parity
 from .parity import completion_logprobs as completion_logprobs

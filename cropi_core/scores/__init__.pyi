@@ -4,3 +4,9 @@ from .fusion import ranks as ranks
 from .fusion import tie_keys as tie_keys
 from .influence import SETTINGS_KEY as SETTINGS_KEY
 from .influence import score as score
+from .reliability import LEAST as LEAST
+from .reliability import RELIABLE as RELIABLE
+from .reliability import cluster_means as cluster_means
+from .reliability import clustered as clustered
+from .reliability import doubled as doubled
+from .reliability import sketched as sketched

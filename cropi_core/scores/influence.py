@@ -30,6 +30,14 @@ from cropi_core.progress import Report, silent
 from cropi_core.scores.fusion import best, fuse, remember, standardise, tie_keys
 from cropi_core.scores.neighbours import prompt_vectors, with_neighbours
 from cropi_core.scores.pool import Pool, describe_statuses, status_counts
+from cropi_core.scores.reliability import (
+    Reliability,
+    by_validation_halves,
+    clustered,
+    reliability,
+    shrunk,
+    sketched,
+)
 from cropi_core.scores.similarity import nonzero, stream_nearest, stream_similarities
 from data_schemas import SCORE_FIXED, STATUSES, Scores, scores_schema
 
@@ -47,10 +55,12 @@ def score(
     seed: int = 0,
     previous: Path | None = None,
     prompts: Path | None = None,
+    halves: Path | None = None,
     report: Report = silent,
-    threads: int | None = None,
 ) -> dict[str, Any]:
     """Write the scores table of a pool.
+
+    Scores do not depend on the number of threads that read and multiply: one a core, at most eight.
 
     Args:
         train: Gradient store of the pool.
@@ -62,8 +72,9 @@ def score(
         previous: Scores table of the previous stage, required by ``settings.memory``; a set's column then holds the
             result of :func:`remember` instead of the similarities.
         prompts: Prompts table of the pool, required by ``settings.neighbours``.
+        halves: Gradient store of halves of some prompts' completions (:mod:`cropi_core.rollouts.halving`); weak scores
+            are then shrunk to clusters.
         report: Receives the number of prompts scored.
-        threads: Threads that read and multiply, by default one a core, at most eight; scores do not depend on it.
 
     Returns:
         A summary in JSON types: counts by status, quantiles, and by validation set the norm of its target and
@@ -81,9 +92,10 @@ def score(
     live = pool.with_gradient
     pairs = zip(names, stores, strict=True)
     targets = np.stack([set_targets(name, store, settings, seed) for name, store in pairs])  # (V, 3, k)
-    similar = _similar(features, stores, targets, settings, seed, report, threads)[live]
+    similar = _similar(features, stores, targets, settings, seed, report)[live]
     keys = tie_keys(list(pool.ids[live]), seed)
     values, scored = similar[:, :, 0], live
+    values, found = _reliability(features, stores, similar, live, halves, settings, seed)
     if prompts is not None and settings.neighbours:
         vectors = prompt_vectors(prompts, list(pool.ids))
         values, scored = with_neighbours(values, live, vectors, settings.neighbours)
@@ -102,6 +114,7 @@ def score(
         **settings.for_key(),
         "median_ess": _median(pool.ess[live]),
         "score": _quantiles(fused),
+        "reliability": found,
         "sets": _describe_sets(names, stores, targets, similar, keys),
     }
 
@@ -185,14 +198,64 @@ def _similar(
     settings: Scores,
     seed: int,
     report: Report,
-    threads: int | None,
 ) -> np.ndarray:
     """Compare the pool with each set and with its halves in one pass: ``(n, V, 3)``."""
     if settings.target == "nearest":
         prompts = [_prompts(store, seed) for store in stores]
-        return stream_nearest(features, prompts, settings.nearest, settings.metric, report, threads)
+        return stream_nearest(features, prompts, settings.nearest, settings.metric, report)
     sizes = [_with_gradient(store) for store in stores]
-    return stream_similarities(features, targets, sizes, settings.metric, report, threads)
+    return stream_similarities(features, targets, sizes, settings.metric, report)
+
+
+def _reliability(
+    features: GradientStore,
+    stores: Sequence[GradientStore],
+    similar: np.ndarray,
+    live: np.ndarray,
+    halves: Path | None,
+    settings: Scores,
+    seed: int,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Judge the scores ``(live, V, 3)``; return the scores to use, ``(live, V)``, and the verdict in JSON types."""
+    values = similar[:, :, 0]
+    if halves is None:
+        one, other = (standardise(similar[:, :, half]).mean(axis=1) for half in (1, 2))
+        return values, by_validation_halves(one, other).summary()
+    of_halves = GradientStore.open(halves)
+    check_comparable(features, of_halves)
+    directions = [sketched(block)[live[rows]] for rows, block in features.blocks()]
+    clusters = clustered(np.concatenate(directions), seed)
+    scores, names = _half_scores(of_halves, stores, settings, seed)
+    place = {name: row for row, name in enumerate(features.column("prompt_id")[live])}
+    known = [row for row, name in enumerate(names) if name in place]
+    found: Reliability = reliability(scores[known], clusters[[place[names[row]] for row in known]])
+    if found.verdict == "weak":
+        values = shrunk(values, clusters, found)
+    return values, {**found.summary(), "clusters": int(clusters.max(initial=-1)) + 1}
+
+
+def _half_scores(
+    halves: GradientStore, stores: Sequence[GradientStore], settings: Scores, seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """Score the halves against halves of the sets: ``(n, 2, 2)``, by half of completions and of sets, and the ids."""
+    pairs = zip([str(number) for number in range(len(stores))], stores, strict=True)
+    targets = np.stack([set_targets(name, store, settings, seed) for name, store in pairs])
+    similar = _similar(halves, stores, targets, settings, seed, silent)[:, :, 1:]
+    row_of = {
+        name: row
+        for row, (name, status) in enumerate(
+            zip(halves.column("prompt_id"), halves.column("status"), strict=True)
+        )
+        if status == 0
+    }
+    suffixes = ("#1", "#2")
+    names = [name[:-2] for name in row_of if name.endswith("#1") and f"{name[:-2]}#2" in row_of]
+    rows = np.array([[row_of[name + suffix] for suffix in suffixes] for name in names], dtype=np.int64)
+    if not names:
+        return np.zeros((0, 2, 2)), names
+    chosen = similar[rows.reshape(-1)].reshape(len(names), 2, len(stores), 2)
+    spread = [[standardise(chosen[:, c, :, v]).mean(axis=1) for v in (0, 1)] for c in (0, 1)]
+    return np.array(spread).transpose(2, 0, 1), names
 
 
 def _with_gradient(store: GradientStore) -> int:

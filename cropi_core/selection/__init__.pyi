@@ -1,6 +1,7 @@
 from .belief import Belief as Belief
 from .belief import aligned as aligned
 from .belief import drifted as drifted
+from .belief import expected_rates as expected_rates
 from .belief import from_rollouts as from_rollouts
 from .belief import mixed as mixed
 from .belief import mixed_chance as mixed_chance

@@ -4,7 +4,7 @@ They explain an arm's speed: a stage teaches little if its prompts are not from 
 groups have a single reward at its end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ class StageFacts:
             if the stage computed no scores.
         reward_first: Mean reward of the completions sampled in the stage's first quarter.
         reward_last: The same for its last quarter.
+        mean_level: Mean level of the selected prompts whose level is a number; None if none is.
+        grade: Verdict about the stage's scores; None without one.
         dead_groups: Share of groups with a single reward in the last quarter; such groups have no gradient.
     """
 
@@ -35,12 +37,15 @@ class StageFacts:
     reward_first: float | None
     reward_last: float | None
     dead_groups: float | None
+    mean_level: float | None = None
+    grade: str | None = None
 
 
 def stage_facts(stage: int, config: Config, record: RunRecord, store: Store) -> StageFacts:
     """Read one stage of a finished run."""
     trained = record.slots[f"policy@{stage}"].ref
-    sources = store.manifest(record.slots[f"selection@{stage}"].ref).summary["sources"]
+    choice = store.manifest(record.slots[f"selection@{stage}"].ref).summary
+    sources = choice["sources"]
     selected = {name: counts["selected"] for name, counts in sources.items()}
     wanted = target_families(config)
     summary = store.manifest(trained).summary
@@ -54,7 +59,22 @@ def stage_facts(stage: int, config: Config, record: RunRecord, store: Store) -> 
         dead_groups=dead_groups(
             read_table(store.directory(trained) / METRICS_FILE, ["frac_reward_zero_std"])[0].to_pylist()
         ),
+        mean_level=mean_level(choice.get("levels", {})),
+        grade=_grade(stage, record),
     )
+
+
+def mean_level(levels: Mapping[str, Mapping[str, int]]) -> float | None:
+    """Average the levels of selected prompts; ``levels`` has the counts by level, as a selection's summary has them."""
+    numbers = {float(name): counts["selected"] for name, counts in levels.items() if name.isdecimal()}
+    total = sum(numbers.values())
+    return sum(level * count for level, count in numbers.items()) / total if total else None
+
+
+def _grade(stage: int, record: RunRecord) -> str | None:
+    """Return the last verdict about a stage's scores."""
+    verdicts = [check.verdict.grade for check in record.checks if check.stage == stage and check.verdict]
+    return verdicts[-1] if verdicts else None
 
 
 def target_families(config: Config) -> set[str]:

@@ -2,6 +2,7 @@
 
 base_policy.py  the paths of the checkpoints
 families.py     generators of tasks, and the prompt tables built from them
+noisy_rewards.py  reward functions that are wrong on a share of the completions
 tokenizer.py    the character tokenizer
 train_base.py   the script that trained the checkpoints
 base/           a checkpoint: Llama architecture, 0.9 M parameters, safetensors

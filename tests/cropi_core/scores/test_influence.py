@@ -214,11 +214,12 @@ def test_the_order_is_that_of_a_sort_by_two_keys(values, count):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_change_no_score(tmp_path: Path, world, threads: int):
+def test_threads_change_no_score(tmp_path: Path, world, monkeypatch, threads: int):
     train, stores, *_ = world
     run(tmp_path, train, stores)
     first = (tmp_path / "scores.parquet").read_bytes()
-    score(train=train, validation=stores, out=tmp_path / "again.parquet", threads=threads)
+    monkeypatch.setattr("cropi_core.gradients.store.threads_here", lambda: threads)
+    score(train=train, validation=stores, out=tmp_path / "again.parquet")
     assert (tmp_path / "again.parquet").read_bytes() == first
 
 

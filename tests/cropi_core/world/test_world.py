@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cropi_core.errors import ConfigError, DataError, PolicyError
+from cropi_core.prompts import load_source
 from cropi_core.world import FAMILIES, base_checkpoint, build, ladder_checkpoint
 from cropi_core.world.families import DIGITS, LETTERS, LUCKY_ANSWERS, SIGNS, SPLITS, Draws, split_of
+from cropi_core.world.noisy_rewards import wrong_5, wrong_10, wrong_20
 from cropi_core.world.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, build_tokenizer
 from cropi_core.world.train_base import BASE, LADDER, MAX_COMPLETION, MAX_LENGTH, main, sampled_accuracy
+from data_schemas import WorldSource
 from data_schemas.tables import PROMPTS
 
 ALL = dict.fromkeys(FAMILIES, 60)
@@ -264,6 +268,21 @@ def test_base_ends_its_answers(policy, tokenizer):
     ids = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MAX_COMPLETION)
     ended = (ids[:, inputs["input_ids"].shape[1] :] == EOS_ID).any(dim=1)
     assert ended.float().mean() > 0.97
+
+
+def test_noisy_rewards_are_wrong_on_their_share_and_always_the_same():
+    words = [Draws(str(i)).word(4, 6) for i in range(4000)]
+    for function, share in ((wrong_5, 0.05), (wrong_10, 0.1), (wrong_20, 0.2)):
+        first, again = ([function(word, "abcdefg") for word in words] for _ in range(2))
+        assert np.mean(first) == pytest.approx(share, abs=0.02)
+        assert first == again
+        assert np.mean([function(word, word) for word in words]) == pytest.approx(1 - share, abs=0.02)
+
+
+def test_a_pool_can_have_another_verifier():
+    source = WorldSource(families={"copy": 3}, verifier="noisy")
+    assert load_source(source, "pool", None)[0]["verifier"].to_pylist() == ["noisy"] * 3
+    assert "verifier" not in WorldSource(families={"copy": 3}).for_key()
 
 
 def test_training_script_writes_a_loadable_checkpoint(monkeypatch, tmp_path: Path, capsys):
