@@ -30,7 +30,7 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Levels:
-    """Levels of one stage; None where it cannot be told.
+    """Levels of one stage; None where data are missing.
 
     Attributes:
         stage: Counted from 1.

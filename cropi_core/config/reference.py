@@ -38,6 +38,7 @@ from data_schemas import (
     TrlRuntime,
     TrlTraining,
     Vllm,
+    Waking,
     World,
     WorldSource,
     is_advanced,
@@ -81,6 +82,7 @@ PARTS: dict[str, tuple[tuple[str, type[Section]], ...]] = {
             Sampling,
         ),
         ("`rollouts.passes`", Passes),
+        ("`rollouts.waking`", Waking),
     ),
     "grading": (("`grading.http`, by name", HttpVerifier),),
     "training": (

@@ -362,8 +362,10 @@ class Curriculum:
         found = self.run.store.manifest(scores).summary.get("reliability", {}) if scores else {}
         if found.get("verdict") != "noise":
             return "influence"
-        stage = max(Slot.parse(text).stage or 0 for text in self.run.record.slots)
-        entry = self.run.record.slots.get(f"rollouts/halves@{stage}")
+        slots = {
+            Slot.parse(text).stage or 0: text for text in self.run.record.slots if "rollouts/halves@" in text
+        }
+        entry = self.run.record.slots[slots[max(slots)]] if slots else None
         summary = self.run.store.manifest(entry.ref).summary if entry else {}
         spread = doubled(summary.get("pass_rate_correlation"))
         return "pass_rate" if spread is not None and spread >= RELIABLE else "random"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cropi_core.artifacts import read_parquet, write_parquet
 from cropi_core.errors import DataError
@@ -49,7 +48,7 @@ def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]
     for index, part in enumerate(parts):
         table = read_parquet(part).select(new.column_names).cast(new.schema.with_metadata(None))
         names = list(dict.fromkeys(table["prompt_id"].to_pylist()))
-        kept = table.filter(pc.invert(pc.is_in(table["prompt_id"], pa.array(sorted(renewed), pa.string()))))
+        kept = table.filter(pa.array([name not in renewed for name in table["prompt_id"].to_pylist()]))
         taken = new.take(pa.array([row for name in names for row in rows.get(name, [])], pa.int64()))
         joined = pa.concat_tables([kept, taken.replace_schema_metadata(None)])
         places = {name: place for place, name in enumerate(names)}

@@ -149,6 +149,11 @@ def check_inputs(
         ConfigError: The strategy needs a scores table, or one of scores and rollouts, or prompts of the pool and of
             validation sets.
     """
+    if strategy == "auto":
+        raise ConfigError(
+            "selection.strategy=auto follows the verdict of a run's stage (`cropi run`); a single selection needs "
+            "influence, pass_rate or random"
+        )
     if strategy == "text_similarity" and prompts_with_targets is None:
         raise ConfigError(
             "selection.strategy=text_similarity compares the texts of the pool with those of the validation sets, and "
