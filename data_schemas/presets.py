@@ -35,57 +35,57 @@ class Preset:
     """A preset of a table source.
 
     Attributes:
-        about: A short description.
+        description: A short description.
         columns: Fields of ``columns``.
-        rest: Other fields of the table source, for files and hub datasets.
+        source_fields: Other fields of the table source, for files and hub datasets.
         hub: Fields for ``kind: hub`` only: id, subset, split; empty for a format that is not a dataset.
         licence: The licence that the dataset's publisher states; empty if it depends on the dataset.
     """
 
-    about: str
+    description: str
     columns: Mapping[str, Any]
-    rest: Mapping[str, Any] = field(default_factory=dict)
+    source_fields: Mapping[str, Any] = field(default_factory=dict)
     hub: Mapping[str, str] = field(default_factory=dict)
     licence: str = ""
 
 
 PRESETS: dict[str, Preset] = {
     "gsm8k": Preset(
-        about="GSM8K, grade-school word problems",
+        description="GSM8K, grade-school word problems",
         columns={"prompt": "question", "answer": "answer"},
-        rest={"answer_pattern": r"####\s*(.+)", "verifier": "math", "source": "gsm8k"},
+        source_fields={"answer_pattern": r"####\s*(.+)", "verifier": "math", "source": "gsm8k"},
         hub={"path": "openai/gsm8k", "subset": "main"},
         licence="MIT",
     ),
     "math": Preset(
-        about="MATH (Hendrycks), competition problems with levels 1 to 5",
+        description="MATH (Hendrycks), competition problems with levels 1 to 5",
         columns={"prompt": "problem", "answer": "solution", "level": "level"},
-        rest={"answer_pattern": "boxed", "verifier": "math", "source": "math", "unanswered": "drop"},
+        source_fields={"answer_pattern": "boxed", "verifier": "math", "source": "math", "unanswered": "drop"},
         hub={"path": "DigitalLearningGmbH/MATH-lighteval"},
         licence="MIT",
     ),
     "math_500": Preset(
-        about="MATH-500, the 500 test problems of *Let's Verify Step by Step*",
+        description="MATH-500, the 500 test problems of *Let's Verify Step by Step*",
         columns={"prompt": "problem", "answer": "answer", "level": "level"},
-        rest={"verifier": "math", "source": "math_500"},
+        source_fields={"verifier": "math", "source": "math_500"},
         hub={"path": "HuggingFaceH4/MATH-500", "split": "test"},
     ),
     "deepscaler": Preset(
-        about="DeepScaleR preview, AIME, AMC, Omni-MATH and STILL problems",
+        description="DeepScaleR preview, AIME, AMC, Omni-MATH and STILL problems",
         columns={"prompt": "problem", "answer": "answer"},
-        rest={"verifier": "math", "source": "deepscaler", "unanswered": "drop"},
+        source_fields={"verifier": "math", "source": "deepscaler", "unanswered": "drop"},
         hub={"path": "agentica-org/DeepScaleR-Preview-Dataset"},
         licence="MIT",
     ),
     "dapo_17k": Preset(
-        about="DAPO-Math-17k, each prompt once; English (`subset: all` has the Chinese ones too)",
+        description="DAPO-Math-17k, each prompt once; English (`subset: all` has the Chinese ones too)",
         columns={"prompt": "prompt", "answer": "reward_model.ground_truth"},
-        rest={"verifier": "math", "source": "dapo_17k"},
+        source_fields={"verifier": "math", "source": "dapo_17k"},
         hub={"path": "open-r1/DAPO-Math-17k-Processed", "subset": "en"},
         licence="Apache-2.0",
     ),
     "verl": Preset(
-        about="verl's Parquet files",
+        description="verl's Parquet files",
         columns={
             "prompt": "prompt",
             "answer": "reward_model.ground_truth",
@@ -94,11 +94,11 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "openrlhf": Preset(
-        about="OpenRLHF's prompts, strings or messages",
+        description="OpenRLHF's prompts, strings or messages",
         columns={"prompt": ("input", "context_messages", "prompt"), "answer": ("label", "answer")},
     ),
     "trl": Preset(
-        about="TRL's prompt-only format, standard or conversational, with an answer",
+        description="TRL's prompt-only format, standard or conversational, with an answer",
         columns={"prompt": "prompt", "answer": ("solution", "answer", "ground_truth")},
     ),
 }
@@ -118,4 +118,4 @@ def filled(given: Mapping[str, Any]) -> dict[str, Any]:
     columns = given.get("columns", {})
     if isinstance(columns, Mapping):
         columns = {**preset.columns, **columns}
-    return {**preset.rest, **hub, **given, "columns": columns}
+    return {**preset.source_fields, **hub, **given, "columns": columns}

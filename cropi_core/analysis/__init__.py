@@ -3,7 +3,7 @@
     from cropi_core.analysis import read_chosen
 
     found = read_chosen(Store(".cropi"), "demo-0123abcd")
-    found.stages[0].figures["entropy"].chosen        # compare with .pool, and with .low to .high of a random subset
+    found.stages[0].figures["entropy"].selected_mean   # .pool_mean; .low to .high of a random subset
     [verdict.sentence for verdict in found.verdicts]
 
 Pure functions on arrays: :mod:`~cropi_core.analysis.contrast` (means, random subsets, changes),

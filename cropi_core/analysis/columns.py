@@ -164,7 +164,7 @@ class Base:
     """Every prompt's metrics from the first stage's trajectories, and whether the base policy sampled these."""
 
     pass_rate: np.ndarray
-    own: bool
+    same_policy: bool
 
 
 def base_pass_rate(artifacts: Artifacts, ids: list[str]) -> Base | None:

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,18 +33,18 @@ class Contrast:
     """One metric of the selected prompts, compared with the pool and with random subsets.
 
     Attributes:
-        known: Number of pool prompts with a known value.
-        selected: Number of selected prompts among them.
-        pool: Mean over ``known``.
-        chosen: Mean over ``selected``.
+        pool_count: Number of pool prompts with a known value.
+        selected_count: Number of selected prompts among them.
+        pool_mean: Mean of the former.
+        selected_mean: Mean of the latter.
         low: 2.5 % quantile of the mean of a random subset of the same size.
         high: 97.5 % quantile of the same.
     """
 
-    known: int
-    selected: int
-    pool: float
-    chosen: float
+    pool_count: int
+    selected_count: int
+    pool_mean: float
+    selected_mean: float
     low: float
     high: float
 
@@ -53,16 +53,33 @@ class Contrast:
         """Whether the mean of the selection is outside the interval of random subsets, and on which side."""
         # If the metric is constant, or everything is selected, the interval has no width: rounding must not count as a
         # difference.
-        slack = 1e-9 * max(1.0, abs(self.pool))
-        if self.chosen < self.low - slack:
+        slack = 1e-9 * max(1.0, abs(self.pool_mean))
+        if self.selected_mean < self.low - slack:
             return "lower"
-        return "higher" if self.chosen > self.high + slack else "like chance"
+        return "higher" if self.selected_mean > self.high + slack else "like chance"
 
     @property
     def reach(self) -> float | None:
         """Difference from the pool's mean in half-widths of the interval of random subsets; None if it has no width."""
         half = (self.high - self.low) / 2
-        return None if half <= 1e-9 * max(1.0, abs(self.pool)) else (self.chosen - self.pool) / half
+        return (
+            None
+            if half <= 1e-9 * max(1.0, abs(self.pool_mean))
+            else (self.selected_mean - self.pool_mean) / half
+        )
+
+
+def contrast_json(contrast: Contrast) -> dict[str, Any]:
+    """Return a contrast as JSON values, with the names that its readers know."""
+    return {
+        "known": contrast.pool_count,
+        "selected": contrast.selected_count,
+        "pool": contrast.pool_mean,
+        "chosen": contrast.selected_mean,
+        "low": contrast.low,
+        "high": contrast.high,
+        "side": contrast.side,
+    }
 
 
 def contrast(values: np.ndarray, selected: np.ndarray) -> Contrast | None:

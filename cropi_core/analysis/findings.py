@@ -84,6 +84,6 @@ def later_is_harder(changes: Mapping[str, Change | None]) -> Verdict:
 
 def _beside(stage: int, contrast: Contrast) -> str:
     return (
-        f"stage {stage}: {fixed(contrast.chosen)} compared with {fixed(contrast.pool)}, "
+        f"stage {stage}: {fixed(contrast.selected_mean)} compared with {fixed(contrast.pool_mean)}, "
         f"chance {fixed(contrast.low)} to {fixed(contrast.high)}"
     )

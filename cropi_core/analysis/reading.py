@@ -11,7 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from cropi_core.analysis import columns
-from cropi_core.analysis.contrast import Change, Contrast, chance_jaccard, change, contrast, level_numbers
+from cropi_core.analysis.contrast import (
+    Change,
+    Contrast,
+    chance_jaccard,
+    change,
+    contrast,
+    contrast_json,
+    level_numbers,
+)
 from cropi_core.analysis.findings import Verdict, later_is_harder, over_stages
 from cropi_core.analysis.likeness import redundancy
 from cropi_core.analysis.selection_diff import SelectionDiff, compare_selections
@@ -67,8 +75,8 @@ class RunChosen:
         """Return everything as JSON values."""
         fields = asdict(self)
         for stage, raw in zip(self.stages, fields["stages"], strict=True):
-            for name, one in stage.figures.items():
-                raw["figures"][name]["side"] = one.side
+            raw["figures"] = {name: contrast_json(one) for name, one in stage.figures.items()}
+            raw["moved"] = stage.moved and stage.moved.as_json()
         return fields
 
 
@@ -145,7 +153,7 @@ class Reader:
             self.note("levels are names without a number: they are counted, and have no mean")
         if (base := columns.base_pass_rate(artifacts, pool.ids)) is not None:
             self.fixed["difficulty"] = 1 - base.pass_rate
-            if not base.own:
+            if not base.same_policy:
                 self.note(
                     "difficulty is 1 − pass rate in the first stage's trajectories, which another policy sampled"
                 )
@@ -156,7 +164,7 @@ class Reader:
         if text not in self.notes:
             self.notes.append(text)
 
-    def of_stage(self, stage: int, selected: np.ndarray) -> dict[str, Contrast]:
+    def stage_figures(self, stage: int, selected: np.ndarray) -> dict[str, Contrast]:
         """Compare a stage's selection with the pool by every metric."""
         values: dict[str, np.ndarray] = {}
         if (slot := self.artifacts.latest("rollouts/pool", stage)) is not None:
@@ -211,7 +219,7 @@ def _stage(
     masks: dict[int, np.ndarray],
 ) -> StageChosen:
     selected, pool = masks[stage], reader.pool
-    figures = reader.of_stage(stage, selected)
+    figures = reader.stage_figures(stage, selected)
     if before is None:
         return StageChosen(stage, len(pool.ids), int(selected.sum()), figures)
     harder = {

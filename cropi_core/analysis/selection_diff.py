@@ -1,7 +1,7 @@
 """Compare two selections: common prompts, agreement of their rankings, prompts added and removed.
 
 diff = selection_diff(Store(".cropi"), "selection-v1-…", "mine")        # keys, tags or RUN:slot
-diff.jaccard, diff.spearman, diff.came[0].prompt_id
+diff.jaccard, diff.spearman, diff.added[0].prompt_id
 """
 
 from collections.abc import Mapping
@@ -52,8 +52,8 @@ class SelectionDiff:
         jaccard: ``|A ∩ B| / |A ∪ B|``; None if both selections are empty.
         scored: Number of prompts with a score in both.
         spearman: Rank correlation of those scores; None with fewer than three, or if one selection's are all equal.
-        came: Prompts only in the second selection, best rank first.
-        went: Prompts only in the first selection, best rank first.
+        added: Prompts only in the second selection, best rank first.
+        removed: Prompts only in the first selection, best rank first.
     """
 
     pools: tuple[int, int]
@@ -63,12 +63,13 @@ class SelectionDiff:
     jaccard: float | None
     scored: int
     spearman: float | None
-    came: list[Moved]
-    went: list[Moved]
+    added: list[Moved]
+    removed: list[Moved]
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return asdict(self)
+        fields = asdict(self)
+        return fields | {"came": fields.pop("added"), "went": fields.pop("removed")}
 
 
 def compare_selections(
@@ -109,8 +110,8 @@ def compare_selections(
         jaccard=len(taken_a & taken_b) / len(either) if either else None,
         scored=len(scored),
         spearman=spearman(*scores) if len(scored) >= LEAST_SCORED else None,
-        came=moved(taken_b - taken_a, b),
-        went=moved(taken_a - taken_b, a),
+        added=moved(taken_b - taken_a, b),
+        removed=moved(taken_a - taken_b, a),
     )
 
 

@@ -34,8 +34,10 @@ def chosen(
     rows = []
     for one in comparison.stages:
         for name, figure in one.figures.items():
-            pool, taken, low, high = map(fixed, (figure.pool, figure.chosen, figure.low, figure.high))
-            prompts = f"{figure.selected} of {figure.known}"
+            pool, taken, low, high = map(
+                fixed, (figure.pool_mean, figure.selected_mean, figure.low, figure.high)
+            )
+            prompts = f"{figure.selected_count} of {figure.pool_count}"
             rows.append((one.stage, name, prompts, pool, taken, f"{low} to {high}", figure.side))
     print_table(COLUMNS, rows)
     for one in comparison.stages:
@@ -45,7 +47,8 @@ def chosen(
                 for value in (moved.jaccard, moved.spearman, one.chance_jaccard)
             )
             say(
-                f"stage {one.stage}: {moved.both} taken before too, {len(moved.came)} came, {len(moved.went)} went; "
+                f"stage {one.stage}: {moved.both} selected before too, {len(moved.added)} added, "
+                f"{len(moved.removed)} removed; "
                 f"Jaccard index {jaccard} (chance {chance}), rank correlation of the scores {spearman}"
             )
     for verdict in comparison.verdicts:

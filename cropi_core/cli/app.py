@@ -138,10 +138,12 @@ def doctor(root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
 
     checks = examine(root)
     if as_json:
-        print_json([vars(check) for check in checks])
+        print_json(
+            [{"what": c.name, "state": c.state, "found": c.message, "remedy": c.remedy} for c in checks]
+        )
     else:
         print_table(
-            ("", "what", "found", "what to do"), [(c.state, c.what, c.found, c.remedy) for c in checks]
+            ("", "what", "found", "what to do"), [(c.state, c.name, c.message, c.remedy) for c in checks]
         )
     if any(check.state == "broken" for check in checks):
         raise typer.Exit(1)

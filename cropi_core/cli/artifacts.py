@@ -192,7 +192,7 @@ def diff(
         ("rank correlation", f"{correlation} (Spearman, of {difference.scored} prompts scored in both)"),
     ]
     print_table(("what", "value"), rows)
-    for word, moved in (("came", difference.came), ("went", difference.went)):
+    for word, moved in (("came", difference.added), ("went", difference.removed)):
         say(f"\n{len(moved)} {word}" + (f", the best {top}:" if len(moved) > top else ""))
         if moved[:top]:
             columns = ("prompt", "source", "level", "rank before", "after")

@@ -45,9 +45,9 @@ OPTIONAL = {
 class Check:
     """One result: ``missing`` is optional, with its use; ``broken`` prevents something required."""
 
-    what: str
+    name: str
     state: State
-    found: str
+    message: str
     remedy: str = ""
 
 

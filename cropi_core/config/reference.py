@@ -155,10 +155,10 @@ def _presets() -> str:
     rows = []
     for name, preset in PRESETS.items():
         columns = ", ".join(f"{role}: {_several(names)}" for role, names in preset.columns.items())
-        settings = ", ".join(f"{field}: `{value}`" for field, value in preset.rest.items())
+        settings = ", ".join(f"{field}: `{value}`" for field, value in preset.source_fields.items())
         named = [f"{field}: `{value}`" for field, value in preset.hub.items() if field != "path"]
         hub = ", ".join([f"`{preset.hub['path']}`", *named]) if preset.hub else ""
-        rows.append((f"`{name}`", preset.about, hub, columns, cell(settings), preset.licence))
+        rows.append((f"`{name}`", preset.description, hub, columns, cell(settings), preset.licence))
     return (
         "## Presets of a table source (`preset`)\n\n"
         "Where each layout is stated is in `data_schemas/presets.py`; how to use them in "

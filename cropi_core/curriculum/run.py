@@ -17,7 +17,7 @@ from cropi_core.curriculum.execution import StepResult
 from cropi_core.curriculum.packages import check_packages
 from cropi_core.curriculum.slots import pin_for, slot_names
 from cropi_core.errors import ArtifactError, ConfigError, DeclinedError, WaitingError
-from cropi_core.runs import held, load_run, new_run, now, resolve_key, save_run
+from cropi_core.runs import load_run, new_run, now, resolve_key, run_lock, save_run
 from data_schemas import ArtifactRef, Config, Section, Slot, SlotRecord, StepName, StepSpec
 
 Execute = Callable[[StepSpec], StepResult]
@@ -37,7 +37,7 @@ class Run:
     def recorded(self) -> Iterator[None]:
         """Keep the record up to date inside the block: the progress of the run, and how it ended."""
         self.store.prepare()
-        with held(self.store, self.record.run):
+        with run_lock(self.store, self.record.run):
             yield from self._recorded()
 
     def _recorded(self) -> Iterator[None]:

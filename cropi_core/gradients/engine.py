@@ -206,7 +206,7 @@ class FeatureEngine:
             return EmbeddingHook(module, sketches["weight"])
         if isinstance(module, nn.Linear | Conv1D):
             return LinearHook(module, sketches.get("weight"), sketches.get("bias"))
-        if affine := Affine.of(module, parameters):
+        if affine := Affine.from_module(module, parameters):
             return AffineHook(module, affine, sketches)
         shapes = ", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in parameters.values())
         raise ProjectionError(

@@ -25,7 +25,7 @@ class Affine:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, module: nn.Module, parameters: dict[str, nn.Parameter]) -> "Affine | None":
+    def from_module(cls, module: nn.Module, parameters: dict[str, nn.Parameter]) -> "Affine | None":
         """Test on random input whether each parameter enters elementwise and affinely; None if one does not."""
         first = next(iter(parameters.values()))
         if any(p.dim() != 1 or p.shape != first.shape for p in parameters.values()):

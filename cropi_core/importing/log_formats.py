@@ -55,7 +55,7 @@ class Logged:
     """One completion.
 
     Attributes:
-        asked: Its prompt.
+        prompt: Its prompt.
         text: The completion.
         reward: Its reward; None if not gradable.
         step: Training step, if the log has it.
@@ -65,7 +65,7 @@ class Logged:
         reasoning: The model's reasoning before the text, if the log stores it separately.
     """
 
-    asked: Asked
+    prompt: Asked
     text: str
     reward: float | None
     step: int | None = None

@@ -220,7 +220,7 @@ def _rows(
     """Convert completions to rollout rows; log-probabilities are None if the log has none."""
     rows, counts, samples = [], _Counts(), Counter()
     for one in log.completions:
-        prompt = find(one.asked)
+        prompt = find(one.prompt)
         if prompt is None:
             counts.unmatched += 1
             continue

@@ -131,7 +131,7 @@ class Calibration:
         release_device(self.runtime.device)
         training = self._training(groups["pool"])
         release_device(self.runtime.device)
-        workers, ranks = processes_at_once(self.config.runtime, on_gpu=self.meter.of == "gpu")
+        workers, ranks = processes_at_once(self.config.runtime, on_gpu=self.meter.memory_kind == "gpu")
         for source, rate in gradients.items():
             gradients[source] = replace(rate, token_s=rate.token_s / workers)
         training = replace(training, completion_s=training.completion_s / ranks)
@@ -145,7 +145,7 @@ class Calibration:
         return Measured(
             Assumptions(samples, self._disk(groups)),
             Speeds(imports_s, step_s, scores_s, sampling, gradients, training, memory, evaluation),
-            self.meter.of,
+            self.meter.memory_kind,
             self.meter.exact,
             time.monotonic() - began,
         )
@@ -317,7 +317,7 @@ class Calibration:
         times = [at for at, _ in clock.marks]
         warm = training.iterations - 1
         step_s = (times[-1] - times[warm]) / (len(times) - 1 - warm)
-        start_s = max(0.0, times[warm] - clock.began - step_s * training.iterations)
+        start_s = max(0.0, times[warm] - clock.started_at - step_s * training.iterations)
         self.rows["training"] = self.meter.peak()
         return TrainingRate(first_s, start_s, step_s / (prompts * sampling.samples), save_s)
 

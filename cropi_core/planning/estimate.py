@@ -1,6 +1,6 @@
 """Compute the cost of a curriculum from measurements on a few prompts, without running anything.
 
-    estimates = estimate(works, Assumptions(samples, disk), speeds, Limits.of(config))
+    estimates = estimate(works, Assumptions(samples, disk), speeds, Limits.from_config(config))
     total(estimates).seconds
 
 Assumes that at every stage the steps of the pool and of training resemble the sample of the pool, and those of
@@ -150,7 +150,7 @@ def memory(work: Work, sample: Sample, held: Memory, limits: Limits) -> float:
             return held.base
 
 
-def once(work: Work, speeds: Speeds, paid: set[str]) -> float:
+def first_seconds(work: Work, speeds: Speeds, paid: set[str]) -> float:
     """Return the costs that a step pays as the first of its kind in its process, and add them to ``paid``."""
     due = {"imports": speeds.imports_s}
     if work.step in ("policy", "rollouts", "evaluation"):
@@ -180,7 +180,7 @@ def estimate(
         if speeds is not None:
             if limits.subprocess:
                 paid, peak = set(), 0.0
-            duration = once(work, speeds, paid) + seconds(work, sample, speeds, limits)
+            duration = first_seconds(work, speeds, paid) + seconds(work, sample, speeds, limits)
             peak = peak_memory = max(peak, memory(work, sample, speeds.memory, limits))
         estimates.append(
             replace(

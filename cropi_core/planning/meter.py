@@ -21,7 +21,7 @@ class Meter:
         self.exact = device.type == "cuda" or CLEAR.exists()
 
     @property
-    def of(self) -> str:
+    def memory_kind(self) -> str:
         """Return what is measured: ``process`` or ``gpu``."""
         return "gpu" if self.device.type == "cuda" else "process"
 

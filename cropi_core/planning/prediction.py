@@ -52,7 +52,7 @@ def predict(
     chosen = find_card(card) if card else None
     (folder / "store").mkdir()
     rehearsed = rehearse(config, Store(root), folder / "store")
-    limits = Limits.of(config)
+    limits = Limits.from_config(config)
     measured: Measured | None = None
     calibrated = calibrated and config.training.engine != "command"  # a measurement would run it
     calibrated = calibrated and (chosen is None or has_device(config))

@@ -28,13 +28,13 @@ class Clock:
     Attributes:
         budget_s: Seconds after which the step is stopped.
         least: Units that must be done before a stop.
-        began: Start of the step.
+        started_at: Start of the step.
         marks: Time of each report, and the units done.
     """
 
     budget_s: float = math.inf
     least: int = 1
-    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     marks: list[tuple[float, int]] = field(default_factory=list)
 
     def __call__(self, progress: Progress) -> None:
@@ -45,12 +45,12 @@ class Clock:
         """
         now = time.monotonic()
         self.marks.append((now, progress.done))
-        if self.least <= progress.done < progress.total and now - self.began > self.budget_s:
+        if self.least <= progress.done < progress.total and now - self.started_at > self.budget_s:
             raise EnoughError
 
     def since_start(self) -> float:
         """Return the seconds until the first report."""
-        return self.marks[0][0] - self.began
+        return self.marks[0][0] - self.started_at
 
     def laps(self) -> list[tuple[float, int, int]]:
         """List the intervals between reports: seconds, and the units done before and after."""

@@ -189,7 +189,7 @@ class Limits:
     subprocess: bool
 
     @classmethod
-    def of(cls, config: Config) -> Self:
+    def from_config(cls, config: Config) -> Self:
         """Take the settings from a configuration."""
         runtime = config.runtime
         return cls(

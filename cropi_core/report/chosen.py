@@ -72,7 +72,7 @@ def section(artifacts: Artifacts) -> Section | None:
     if not chosen_run.stages:
         return None
     names = _names(chosen_run)
-    svg = plots.beside_chance(
+    svg = plots.chance_comparison(
         [label_of(name) for name in names],
         {one.stage: [_reach(one.figures.get(name)) for name in names] for one in chosen_run.stages},
     )
@@ -117,7 +117,7 @@ def _cell(name: str, contrast: Contrast | None) -> Cell | None:
     if contrast is None:
         return None
     digits = 3 if name.startswith("alike") else 2  # cosines of gradients are close to 0
-    values = (contrast.chosen, contrast.pool, contrast.low, contrast.high)
+    values = (contrast.selected_mean, contrast.pool_mean, contrast.low, contrast.high)
     chosen, pool, low, high = (fixed(value, digits) for value in values)
     return Cell(chosen, pool, f"{low} to {high}", contrast.side == "like chance")
 
@@ -138,7 +138,7 @@ def _moves(stages: list[StageChosen]) -> list[tuple[str, list[str]]]:
             by_chance = "" if one.chance_jaccard is None else f" (chance {percent(one.chance_jaccard, 0)})"
             cells = [
                 "–" if moved.jaccard is None else f"{percent(moved.jaccard, 0)}{by_chance}",
-                f"{len(moved.came)}, {len(moved.went)}",
+                f"{len(moved.added)}, {len(moved.removed)}",
                 number(moved.spearman),
             ]
         for row, cell in zip(rows.values(), cells, strict=True):

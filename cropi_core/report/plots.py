@@ -222,7 +222,7 @@ def score_histogram(values: dict[int, np.ndarray], name: str, number: int, metri
         return to_svg(ax, f"scores-{number}", "Scores of the pool by stage")
 
 
-def beside_chance(labels: Sequence[str], reach: dict[int, list[float | None]]) -> str | None:
+def chance_comparison(labels: Sequence[str], reach: dict[int, list[float | None]]) -> str | None:
     """Plot how far selections are from their pool, a row per metric and a mark per stage; None without values.
 
     Args:

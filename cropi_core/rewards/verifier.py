@@ -122,7 +122,7 @@ class Verifier:
             raise ConfigError(
                 f"functions may not replace the built-in verifiers {', '.join(taken)}; rename them"
             )
-        self.known = (*VERIFIERS, *functions, *http)
+        self.names = (*VERIFIERS, *functions, *http)
         sources = {name: (path, source_digest(path)) for name, path in functions.items()}
         self.identities: dict[str, Any] = {
             **sources,
@@ -182,9 +182,9 @@ class Verifier:
             ConfigError: A name is unknown, or the package that a verifier needs is not installed.
         """
         names = set(names)
-        if unknown := sorted(names - set(self.known)):
+        if unknown := sorted(names - set(self.names)):
             raise ConfigError(
-                f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(self.known)}, or name it in "
+                f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(self.names)}, or name it in "
                 "grading.functions or grading.http"
             )
         for name in sorted(names & set(IMPORTED)):

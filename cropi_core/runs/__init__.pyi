@@ -13,7 +13,6 @@ from .records import STATES as STATES
 from .records import Use as Use
 from .records import ancestors as ancestors
 from .records import descendants as descendants
-from .records import held as held
 from .records import in_progress as in_progress
 from .records import list_runs as list_runs
 from .records import load_run as load_run
@@ -22,6 +21,7 @@ from .records import now as now
 from .records import remove_run as remove_run
 from .records import resolve_key as resolve_key
 from .records import run_id as run_id
+from .records import run_lock as run_lock
 from .records import save_run as save_run
 from .records import slot_ref as slot_ref
 from .records import state_name as state_name

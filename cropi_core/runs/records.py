@@ -91,7 +91,7 @@ def remove_run(store: Store, run: str) -> None:
 
 
 @contextlib.contextmanager
-def held(store: Store, run: str) -> Iterator[None]:
+def run_lock(store: Store, run: str) -> Iterator[None]:
     """Mark a run as in progress while the block runs; the kernel removes the mark when the process dies."""
     store.make_root()
     with shared_lock(store.root, _mark(run)):

@@ -59,7 +59,7 @@ class Lineage:
                 self._manifests[key] = self.store.manifest(key)
         return self._manifests[key]
 
-    def reached(self, keys: Iterable[str]) -> dict[str, Manifest]:
+    def with_inputs(self, keys: Iterable[str]) -> dict[str, Manifest]:
         """Return the artifacts with these keys and everything that they were made from, by key."""
         manifests: dict[str, Manifest] = {}
         queue = list(keys)
@@ -83,9 +83,9 @@ def run_spaces(store: Store) -> list[RunSpace]:
     for run in list_runs(store):
         with contextlib.suppress(ArtifactError):
             slots = load_run(store, run).slots.values()
-            reached[run] = lineage.reached(slot.ref.key for slot in slots)
+            reached[run] = lineage.with_inputs(slot.ref.key for slot in slots)
     uses = Counter(key for manifests in reached.values() for key in manifests)
-    uses.update(lineage.reached(store.tags().values()).keys())
+    uses.update(lineage.with_inputs(store.tags().values()).keys())
     spaces = []
     for run, manifests in reached.items():
         kinds: Counter[str] = Counter()

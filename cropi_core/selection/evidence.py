@@ -87,7 +87,7 @@ def gather(prompt_ids: list[str], scores: Path | None, rollouts: Path | None) ->
     )
 
 
-def believed(evidence: Evidence, belief: Belief) -> Evidence:
+def with_expected_rates(evidence: Evidence, belief: Belief) -> Evidence:
     """Replace pass rates by expected ones; a prompt whose stored rewards were all equal may be eligible again."""
     aligned_belief = aligned(belief, evidence.prompt_ids)
     return replace(

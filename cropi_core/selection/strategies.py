@@ -27,7 +27,7 @@ from cropi_core.artifacts import write_parquet
 from cropi_core.errors import ConfigError, SelectionError
 from cropi_core.scores import order, tie_keys
 from cropi_core.selection.belief import read_belief
-from cropi_core.selection.evidence import TOO_FEW, Evidence, believed, gather, read_columns
+from cropi_core.selection.evidence import TOO_FEW, Evidence, gather, read_columns, with_expected_rates
 from cropi_core.selection.shares import share_sizes, take
 from cropi_core.selection.texts import similarity_to_targets
 from cropi_core.statistics import pass_rate_counts
@@ -77,7 +77,7 @@ def select(
     pool = _pool(prompts, scores)
     evidence = gather(pool.column("prompt_id").to_pylist(), scores, rollouts)
     if belief is not None:
-        evidence = believed(evidence, read_belief(belief))
+        evidence = with_expected_rates(evidence, read_belief(belief))
     keys = tie_keys(evidence.prompt_ids, seed)
     if settings.reads_targets and prompts is not None:
         evidence = replace(evidence, similarity=similarity_to_targets(prompts, targets or {}))

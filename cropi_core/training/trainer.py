@@ -260,25 +260,25 @@ class Watch(TrainerCallback):
         self.draws = draws
         self.reward: float | None = None
         self.first_step = self.last_step = 0
-        self.began = self.ended = 0.0
+        self.started_at = self.ended_at = 0.0
 
     @property
     def seconds_per_step(self) -> float | None:
         """Mean wall-clock seconds of the steps taken by this process, None when there were none."""
         steps = self.last_step - self.first_step
-        return round((self.ended - self.began) / steps, 4) if steps else None
+        return round((self.ended_at - self.started_at) / steps, 4) if steps else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
         self.first_step = self.last_step = state.global_step
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Check and report one optimizer step; comes before a checkpoint of that step is written."""
         if "loss" not in logs:
             return
         check_finite(state.global_step, logs)
-        self.last_step, self.ended = state.global_step, time.monotonic()
+        self.last_step, self.ended_at = state.global_step, time.monotonic()
         self.reward = logs["reward"] if logs.get("reward") is not None else self.reward
         note = "" if self.reward is None else f"reward {self.reward:.2f}"
         self.report(Progress(state.global_step, self.total, "step", note))

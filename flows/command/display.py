@@ -76,7 +76,7 @@ class LiveWatcher:
         """Ask a question below the bars, which are paused meanwhile."""
         self.bars.stop()
         try:
-            return asked(question)
+            return read_answer(question)
         finally:
             self.bars.start()
 
@@ -112,7 +112,7 @@ class PlainWatcher:
 
     def ask(self, question: str) -> str:
         """Ask a question, even if quiet."""
-        return asked(question)
+        return read_answer(question)
 
     def note(self, text: str) -> None:
         """Print a line, unless quiet."""
@@ -120,7 +120,7 @@ class PlainWatcher:
             print(shown(text), file=self.stream, flush=True)
 
 
-def asked(question: str) -> str:
+def read_answer(question: str) -> str:
     """Print a question to standard error and read a line from standard input.
 
     Raises:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from flows.serving.reports import PATH, Read, answer_to
+from flows.serving.reports import PATH, Read, report_response
 
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # noqa: S105 - the name of a variable
 CLIENT_PASSWORD = "PREFECT_API_AUTH_STRING"  # noqa: S105 - the name of a variable
@@ -86,7 +86,7 @@ def protected(app: Application, port: int, reports: Read | None = None) -> Appli
         elif scope["path"] == ENTRANCE:
             await _answer(send, 200, b"text/html; charset=utf-8", PAGE)
         elif reports is not None and scope["path"].startswith(PATH) and scope["method"] in ("GET", "HEAD"):
-            response = await answer_to(scope["path"], scope["headers"], os.environ[PASSWORD], reports)
+            response = await report_response(scope["path"], scope["headers"], os.environ[PASSWORD], reports)
             await _answer(send, *response)
         else:
             await app(scope, receive, _unframed(send))

@@ -46,7 +46,7 @@ Read = Callable[[str], str | None]
 """Returns the text of a run's report, None if it has none."""
 
 
-async def answer_to(
+async def report_response(
     path: str, headers: Headers, password: str, read: Read
 ) -> tuple[int, bytes, bytes, Headers]:
     """Answer a request below :data:`PATH`: status, content type, body, further headers.
@@ -65,7 +65,7 @@ async def answer_to(
         return 200, b"text/html; charset=utf-8", PAGE, [(b"content-security-policy", POLICY.encode())]
     kind = b"text/plain; charset=utf-8"
     plain: Headers = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", b"sandbox")]
-    if not knows(headers, password):
+    if not has_password(headers, password):
         return (
             401,
             kind,
@@ -81,7 +81,7 @@ async def answer_to(
     return 200, kind, text.encode(), plain
 
 
-def knows(headers: Headers, password: str) -> bool:
+def has_password(headers: Headers, password: str) -> bool:
     """Return whether the request has the server's password."""
     given = [value for name, value in headers if name == b"authorization"]
     wanted = b"Basic " + base64.b64encode(password.encode())

@@ -68,17 +68,17 @@ def test_every_figure_is_what_the_tables_say(reference, found):
             ("level", level),
         ):
             figure = one.figures[name]
-            assert figure.known == len(values), name
-            assert figure.selected == len(taken & values.keys()), name
-            assert figure.pool == mean(values.values()), name
-            assert figure.chosen == mean(values[p] for p in taken if p in values), name
+            assert figure.pool_count == len(values), name
+            assert figure.selected_count == len(taken & values.keys()), name
+            assert figure.pool_mean == mean(values.values()), name
+            assert figure.selected_mean == mean(values[p] for p in taken if p in values), name
         features = gradients.rows(0, gradients.n)
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)
         ours = unit[live & np.isin(gradients.column("prompt_id"), list(taken))]
         pairs = ours @ ours.T
-        assert one.figures["alike"].chosen == mean(pairs[~np.eye(len(ours), dtype=bool)])
+        assert one.figures["alike"].selected_mean == mean(pairs[~np.eye(len(ours), dtype=bool)])
         np.fill_diagonal(pairs, -2)
-        assert one.figures["alike_nearest"].chosen == mean(pairs.max(axis=1))
+        assert one.figures["alike_nearest"].selected_mean == mean(pairs.max(axis=1))
         assert one.figures["similarity"] == one.figures["similarity:goal"]
     assert found.notes == []
 
@@ -91,8 +91,8 @@ def test_the_movement_is_that_of_the_two_selections(reference, found):
     assert second.moved == diff
     hard = second.harder["difficulty"]
     assert (hard.before, hard.after) == (
-        first.figures["difficulty"].chosen,
-        second.figures["difficulty"].chosen,
+        first.figures["difficulty"].selected_mean,
+        second.figures["difficulty"].selected_mean,
     )
     assert [verdict.finding for verdict in found.verdicts] == [
         "selected prompts have lower entropy than the pool",
@@ -117,7 +117,11 @@ def test_another_embedding_takes_the_place_of_the_default(reference):
     root, record = reference
     found = read_chosen(Store(root), record.run, embed=lambda texts: np.ones((len(texts), 2)))
     figure = found.stages[0].figures["similarity"]
-    assert (figure.pool, figure.chosen, figure.side) == (pytest.approx(1), pytest.approx(1), "like chance")
+    assert (figure.pool_mean, figure.selected_mean, figure.side) == (
+        pytest.approx(1),
+        pytest.approx(1),
+        "like chance",
+    )
 
 
 def test_texts_in_batches_are_as_near_as_all_at_once(reference, found, monkeypatch):

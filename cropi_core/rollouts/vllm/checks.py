@@ -151,7 +151,7 @@ def _compare_checkpoints(server: Endpoint, root: Any, expected: Expected) -> Non
 
 async def _check_vocabulary(client: httpx.AsyncClient, server: Endpoint, vocabulary: Vocabulary) -> None:
     """Check that the server accepts the last token id and refuses the one after it."""
-    for token, valid in ((vocabulary.size - 1, True), (vocabulary.beyond, False)):
+    for token, valid in ((vocabulary.size - 1, True), (vocabulary.unused_id, False)):
         body = {"model": server.model, "prompt": [token], "max_tokens": 1, "temperature": 1.0}
         status, raw = await send(client, "/v1/completions", body, ANSWER_BYTES)
         if status == (200 if valid else 400):

@@ -56,12 +56,12 @@ class Vocabulary:
 
     Attributes:
         size: Number of ids of the model.
-        beyond: An id that neither model nor tokenizer has; usually equal to ``size``.
+        unused_id: An id that neither model nor tokenizer has; usually equal to ``size``.
         ends: Ids that end a completion.
     """
 
     size: int
-    beyond: int
+    unused_id: int
     ends: tuple[int, ...]
 
 

@@ -38,10 +38,10 @@ class Endpoint:
         url: Address, without ``/v1``.
         model: Name of the served model.
         key: Bearer token, if the server requires one.
-        ended: Returns the exit status of a started server; None while it runs.
+        exit_status: Returns the exit status of a started server; None while it runs.
         tail: Returns the end of the log of a started server.
         down: Why the server was removed; None while it is in use.
-        answered: Number of answered requests.
+        answer_count: Number of answered requests.
         healthy_at: Last time of the monotonic clock at which ``/health`` answered.
         lock: Held by the request that waits for recovery.
         usable: Set while requests may be sent.
@@ -50,10 +50,10 @@ class Endpoint:
     url: str
     model: str = ""
     key: str | None = None
-    ended: Callable[[], int | None] = lambda: None
+    exit_status: Callable[[], int | None] = lambda: None
     tail: Callable[[], str] = lambda: ""
     down: str | None = None
-    answered: int = 0
+    answer_count: int = 0
     healthy_at: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     usable: asyncio.Event = field(default_factory=asyncio.Event)
@@ -197,7 +197,7 @@ class Fleet:
                 await self._recover(server, client, began, error)
                 await asyncio.sleep(pause(self.attempts[job.index]))
             else:
-                server.answered += 1
+                server.answer_count += 1
                 deliver(job, completions)
 
     def _count(self, job: Job, server: Endpoint, error: Exception) -> None:
@@ -227,7 +227,7 @@ class Fleet:
         """Request a server's health until it is healthy (None), or until the deadline (the fault)."""
         deadline, tries = time.monotonic() + self.settings.recovery_s, 0
         while True:
-            if (status := server.ended()) is not None:
+            if (status := server.exit_status()) is not None:
                 return f"it ended (exit {status}); {error}"
             try:
                 code, _ = await asyncio.wait_for(send(client, "/health", None, 1 << 16), CONNECT_S)

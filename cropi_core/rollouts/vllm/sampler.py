@@ -103,7 +103,9 @@ class VllmServers:
         servers = self.stack.enter_context(
             started(self.policy, settings, dtype=self.dtype, max_model_len=tokens, logs=self.logs)
         )
-        return [Endpoint(s.url, SERVED, s.key, lambda s=s: s.ended, lambda s=s: s.tail()) for s in servers]
+        return [
+            Endpoint(s.url, SERVED, s.key, lambda s=s: s.exit_status, lambda s=s: s.tail()) for s in servers
+        ]
 
     def sample(
         self, shards: Mapping[int, Prompts], sampling: Sampling, seed: int, start: int = 0

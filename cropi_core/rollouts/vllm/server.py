@@ -67,7 +67,7 @@ class LocalServer:
         self.group = int(self.process.stdout.readline() or b"0")
 
     @property
-    def ended(self) -> int | None:
+    def exit_status(self) -> int | None:
         """The exit status; None while the server runs."""
         return self.process.poll()
 
@@ -80,7 +80,7 @@ class LocalServer:
         Raises:
             ServerError: The server ended or did not answer in time; the message contains the end of its log.
         """
-        while (status := self.ended) is None:
+        while (status := self.exit_status) is None:
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"vLLM's server did not answer at {self.url} in time. Raise runtime.vllm.start_timeout_s, or look "

@@ -34,7 +34,7 @@ def masks(length: int, seed: int, share: float = 0.4) -> np.ndarray:
 def test_a_contrast_counted_by_hand() -> None:
     found = contrast(np.array([0.0, 1, 2, 3, math.nan]), np.array([1, 1, 0, 0, 1], dtype=bool))
     assert found is not None
-    assert (found.known, found.selected, found.pool, found.chosen) == (4, 2, 1.5, 0.5)
+    assert (found.pool_count, found.selected_count, found.pool_mean, found.selected_mean) == (4, 2, 1.5, 0.5)
     # The six pairs of 0, 1, 2, 3 have means 0.5, 1, 1.5, 1.5, 2, 2.5 with variance 2.5 / 6.
     assert found.low == pytest.approx(1.5 - Z * math.sqrt(2.5 / 6))
     assert found.high == pytest.approx(1.5 + Z * math.sqrt(2.5 / 6))
@@ -49,7 +49,7 @@ def test_chance_is_what_all_subsets_of_that_size_have(raw: list[float], size: in
     found = contrast(np.array(known), np.arange(len(known)) < size)
     means = [float(np.mean(subset)) for subset in itertools.combinations(known, size)]
     assert found is not None
-    assert found.pool == pytest.approx(np.mean(means))
+    assert found.pool_mean == pytest.approx(np.mean(means))
     assert (found.high - found.low) / 2 == pytest.approx(Z * np.std(means), abs=1e-9)
 
 
@@ -57,7 +57,7 @@ def test_chance_is_what_all_subsets_of_that_size_have(raw: list[float], size: in
 def test_the_whole_pool_differs_from_itself_in_nothing(raw: list[float]) -> None:
     found = contrast(np.array(raw), np.ones(len(raw), dtype=bool))
     if found is not None:
-        assert found.chosen == found.pool
+        assert found.selected_mean == found.pool_mean
         assert (found.side, found.reach) == ("like chance", None)
 
 
@@ -83,7 +83,7 @@ def test_the_lowest_are_lower_and_the_highest_higher(raw: list[int]) -> None:
     for rows, side, beyond in ((order[: len(x) // 4], "lower", -1), (order[-(len(x) // 4) :], "higher", 1)):
         found = contrast(x, np.isin(np.arange(len(x)), rows))
         assert found is not None
-        assert np.sign(found.chosen - found.pool) == beyond
+        assert np.sign(found.selected_mean - found.pool_mean) == beyond
         assert found.side in (side, "like chance")
     even = np.arange(100.0)
     found = contrast(even, even < 10)
@@ -185,15 +185,15 @@ def test_copies_are_redundant_and_a_random_subset_is_like_chance() -> None:
     pool[:20] = pool[:1] + 0.1 * random.normal(size=(20, 64))
     found = redundancy(pool[:20], pool)
     assert {name: one.side for name, one in found.items()} == {"alike": "higher", "nearest": "higher"}
-    assert found["alike"].chosen > 0.9
+    assert found["alike"].selected_mean > 0.9
     plain = random.normal(size=(120, 64))
     drawn = [redundancy(plain[random.choice(120, 20, replace=False)], plain, seed=i) for i in range(40)]
     assert sum(one["alike"].side == "like chance" for one in drawn) >= 34  # 38 are expected
     mixed = random.permutation(20)
     again = redundancy(pool[:20][mixed], pool)
-    assert again["alike"].chosen == pytest.approx(found["alike"].chosen, abs=1e-6)
+    assert again["alike"].selected_mean == pytest.approx(found["alike"].selected_mean, abs=1e-6)
     whole = redundancy(pool, pool)
-    assert whole["alike"].chosen == pytest.approx(whole["alike"].pool, abs=1e-6)
+    assert whole["alike"].selected_mean == pytest.approx(whole["alike"].pool_mean, abs=1e-6)
     assert whole["alike"].side == whole["nearest"].side == "like chance"
     assert redundancy(pool[:1], pool) == {}
 
@@ -231,7 +231,7 @@ def test_the_rows_that_are_compared_are_those_of_the_store(tmp_path, monkeypatch
 
 
 def beside(chosen: float) -> Contrast:
-    return Contrast(known=100, selected=10, pool=0.5, chosen=chosen, low=0.4, high=0.6)
+    return Contrast(pool_count=100, selected_count=10, pool_mean=0.5, selected_mean=chosen, low=0.4, high=0.6)
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def test_the_sets_are_those_of_the_tables(a, b):
         return
     diff = compare_selections(a, b)
     one, other = taken(a), taken(b)
-    assert {m.prompt_id for m in diff.came} == other - one
-    assert {m.prompt_id for m in diff.went} == one - other
-    assert diff.both + len(diff.went) == diff.selected[0] == len(one)
-    assert diff.both + len(diff.came) == diff.selected[1] == len(other)
+    assert {m.prompt_id for m in diff.added} == other - one
+    assert {m.prompt_id for m in diff.removed} == one - other
+    assert diff.both + len(diff.removed) == diff.selected[0] == len(one)
+    assert diff.both + len(diff.added) == diff.selected[1] == len(other)
     assert diff.jaccard == (len(one & other) / len(one | other) if one | other else None)
-    assert [m.after for m in diff.came] == sorted(m.after for m in diff.came)
+    assert [m.after for m in diff.added] == sorted(m.after for m in diff.added)
     json.dumps(diff.as_json(), allow_nan=False)
 
 
@@ -78,13 +78,13 @@ def test_rows_may_stand_in_any_order_and_swapping_swaps(a, b, random):
     assert diff == compare_selections(a, b)
     assert (diff.jaccard, diff.both, diff.scored) == (back.jaccard, back.both, back.scored)
     assert diff.spearman == pytest.approx(back.spearman)
-    assert [m.prompt_id for m in diff.came] == [m.prompt_id for m in back.went]
+    assert [m.prompt_id for m in diff.added] == [m.prompt_id for m in back.removed]
 
 
 @given(selections)
 def test_a_selection_beside_itself_moved_nobody(a):
     diff = compare_selections(a, a)
-    assert diff.came == diff.went == []
+    assert diff.added == diff.removed == []
     assert diff.jaccard in (1.0, None)
     assert diff.spearman is None or diff.spearman == pytest.approx(1)
 
@@ -154,8 +154,8 @@ def test_selections_are_named_by_key_tag_and_slot(made):
     diff = selection_diff(store, one.key, other.key)
     assert selection_diff(store, f"{run}:selection@1", "mine") == diff
     assert diff.selected == (6, 6)
-    assert diff.came
-    for moved in [*diff.came, *diff.went]:
+    assert diff.added
+    for moved in [*diff.added, *diff.removed]:
         assert moved.source in ("reverse", "sort")
         assert moved.level is not None
 

@@ -518,11 +518,11 @@ def test_a_server_that_is_gone_is_said_and_the_work_kept(tmp_path, machine, monk
 
 def test_doctor_looks_at_an_address(url, machine):
     publish(machine(url))
-    found = {check.what: check for check in examine(url)}
+    found = {check.name: check for check in examine(url)}
     assert found["s3fs"].state == found["root"].state == "ok"
-    assert "1 artifacts" in found["root"].found
-    found = {check.what: check for check in examine("s3://no-such-bucket/x")}
-    assert (found["root"].state, "Make the bucket first" in found["root"].found) == ("broken", True)
+    assert "1 artifacts" in found["root"].message
+    found = {check.name: check for check in examine("s3://no-such-bucket/x")}
+    assert (found["root"].state, "Make the bucket first" in found["root"].message) == ("broken", True)
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def test_doctor_says_what_is_broken(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(doctor, "NEEDED", ("no-such-package",))
     monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-extra": ("dreams", "dreams")})
-    found = {check.what: check for check in doctor.examine(str(tmp_path))}
+    found = {check.name: check for check in doctor.examine(str(tmp_path))}
     assert found["no-such-package"].state == "broken"
     assert (found["no-such-extra"].state, "pip install 'cropi[dreams]'" in found["no-such-extra"].remedy) == (
         "missing",

@@ -29,11 +29,11 @@ def test_a_server_is_asked_with_the_password(server, monkeypatch, password, path
     if password is not None:
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", password)
     check = prefect_server(server + path)
-    assert (check.state, words in check.found) == (state, True), check
-    assert password is None or password not in check.found
+    assert (check.state, words in check.message) == (state, True), check
+    assert password is None or password not in check.message
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/api", "127.0.0.1:4200/api", "http://[/api"])
 def test_a_server_that_does_not_answer_is_broken(url):
     check = prefect_server(url)
-    assert (check.state, "does not answer" in check.found) == ("broken", True)
+    assert (check.state, "does not answer" in check.message) == ("broken", True)

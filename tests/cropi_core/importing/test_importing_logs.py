@@ -362,7 +362,7 @@ def test_a_trace_of_one_turn_is_read(tmp_path):
     log = read_log(tmp_path, "prime_rl")
     (one,) = log.completions
     assert log.errors == 1
-    assert (one.asked, one.text, one.reward, one.truncated) == (ASKED, "7", 1.5, False)
+    assert (one.prompt, one.text, one.reward, one.truncated) == (ASKED, "7", 1.5, False)
     assert (one.tokens.prompt, one.tokens.completion, one.tokens.logprobs) == (
         [1, 5, 6],
         [10, 2],

@@ -281,8 +281,8 @@ def test_the_selected_stand_beside_the_pool(store: Store, finished: RunRecord, p
         cells = re.findall(r"<td.*?</td>", row[1], re.DOTALL)
         for cell, one in zip(cells, found.stages, strict=True):
             figure = one.figures[name]
-            assert f">{number(figure.chosen)}</span>" in cell
-            assert f"pool {number(figure.pool)}, chance" in cell
+            assert f">{number(figure.selected_mean)}</span>" in cell
+            assert f"pool {number(figure.pool_mean)}, chance" in cell
             assert ("unclear" in cell) == (figure.side == "like chance")
     for said in [verdict.sentence for verdict in found.verdicts] + found.notes:
         assert str(escape(said)) in page

@@ -263,13 +263,13 @@ def test_a_dead_server_is_taken_out(servers, prompts, tmp_path, monkeypatch):
         ready(mortal)
 
         def kill_after_a_shard(progress):
-            if progress.done >= 4 and mortal.ended is None:
+            if progress.done >= 4 and mortal.exit_status is None:
                 os.killpg(mortal.group, signal.SIGKILL)
                 mortal.process.wait(20)
 
         both = Vllm(base_urls=[f"{mortal.url}/v1", f"{good.url}/v1"], recovery_s=1, concurrency=2)
         run(tmp_path / "both", prompts, both, report=kill_after_a_shard)
-        assert mortal.ended is not None
+        assert mortal.exit_status is not None
     same(tmp_path / "whole", tmp_path / "both")
 
 

@@ -219,7 +219,7 @@ from cropi_core.rollouts.vllm.server import LocalServer
 command = [sys.executable, "-c", {TREE!r}]
 server = LocalServer(command, os.environ | {{{name!r}: {value!r}}}, 1, Path({str(tmp_path / "log")!r}))
 print(server.group, server.process.pid, flush=True)
-while server.ended is None:
+while server.exit_status is None:
     time.sleep(0.05)
 server.stop()
 """

@@ -10,11 +10,11 @@ from cropi_core.artifacts.store import Store
 from cropi_core.cli.app import app
 from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.runs.records import (
-    held,
     in_progress,
     list_runs,
     new_run,
     resolve_key,
+    run_lock,
     save_run,
     state_name,
     unnamed,
@@ -103,10 +103,10 @@ def test_rules_choose_ended_runs_only(store, shared):
     _, bad, *_ = shared
     saved(store, "waits", "waiting")
     alive, lost = saved(store, "alive", "running"), saved(store, "lost", "running")
-    with held(store, lost.run):
+    with run_lock(store, lost.run):
         pass
     root = ("--json", "--root", store.url)
-    with held(store, alive.run):
+    with run_lock(store, alive.run):
         chosen = json.loads(cropi("runs", "rm", "--failed", *root))["runs"]
         assert sorted(chosen) == sorted([bad.run, lost.run])
         assert alive.run not in json.loads(cropi("runs", "rm", "--keep", "0", *root))["runs"]
@@ -165,7 +165,7 @@ def test_states_are_words_of_prefect(store, status, state):
 def test_a_run_without_its_process_is_crashed(store):
     record = saved(store, "one", "running")
     assert (in_progress(store, record.run), state_name(store, record)) == (None, "Running")
-    with held(store, record.run):
+    with run_lock(store, record.run):
         assert (in_progress(store, record.run), state_name(store, record)) == (True, "Running")
     assert (in_progress(store, record.run), state_name(store, record)) == (False, "Crashed")
 
