@@ -334,7 +334,8 @@ class Curriculum:
                 if influence:
                     verdict = self._verdict(scores)
                     check = check.model_copy(update={"verdict": verdict})
-                    self.run.note(f"stage {stage}: {verdict_sentence(verdict)}")
+                    if self.config.selection.strategy == "auto":
+                        self.run.note(f"stage {stage}: {verdict_sentence(verdict)}")
             self.run.record.checks.append(check)
             if note := consequence(check):
                 self.run.note(note)
