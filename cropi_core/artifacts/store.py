@@ -16,12 +16,10 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cropi_core.artifacts.below import (
-    checked_name,
     directory_below,
     make_below,
     read_below,
@@ -29,18 +27,19 @@ from cropi_core.artifacts.below import (
     without_links,
     write_below,
 )
+from cropi_core.artifacts.damaged import move_aside, moved_aside, note_aside
 from cropi_core.artifacts.integrity import IntegrityCheck
 from cropi_core.artifacts.keys import (
     FULL,
     MOST_BYTES,
     manifest_checksum,
-    parse_json,
     read_manifest,
 )
 from cropi_core.artifacts.layout import MANIFEST, SCRATCH
 from cropi_core.artifacts.locks import exclusive_lock
 from cropi_core.artifacts.object_storage import is_address
 from cropi_core.artifacts.remote_store import Remote
+from cropi_core.artifacts.root_files import RootFiles
 from cropi_core.errors import ArtifactError, CropiError
 from cropi_core.system import masked_values
 from data_schemas import KINDS, ArtifactRef, Manifest
@@ -60,6 +59,7 @@ class Store:
         self.root = self.remote.cache if self.remote else Path(root).expanduser().resolve()
         self.url = self.remote.url if self.remote else str(self.root)
         self._integrity = IntegrityCheck(self.root)
+        self._files = RootFiles(self.root, self.remote, self.url)
 
     def make_root(self) -> None:
         """Create a missing root with access for this user only; an existing root keeps its permissions."""
@@ -199,21 +199,13 @@ class Store:
 
     def set_aside(self, key: str, faults: list[str]) -> Path:
         """Move a damaged artifact below ``.damaged``, together with a list of its faults; nothing is deleted."""
-        target, source = self.root / ".damaged" / f"{key}-{time.time_ns()}", self.path(key)
-        with (
-            directory_below(self.root, source.parent.name) as source_fd,
-            directory_below(self.root, ".damaged", create=True) as target_fd,
-        ):
-            os.rename(source.name, target.name, src_dir_fd=source_fd, dst_dir_fd=target_fd)
-        write_below(self.root, f".damaged/{target.name}.txt", "\n".join(faults) + "\n")
-        return target
+        return move_aside(self.root, self.path(key), faults)
 
     def _set_aside_remote(self, key: str, faults: list[str]) -> str:
         """Set the shared artifact aside, and leave a note below the local ``.damaged``."""
         assert self.remote is not None
         address = self.remote.set_aside(key, faults)
-        note = make_below(self.root, f".damaged/{address.rpartition('/')[2]}")
-        write_below(self.root, f".damaged/{note.name}.txt", "\n".join([*faults, address]) + "\n")
+        note_aside(self.root, address, faults)
         return address
 
     def audit(self, key: str, *, repair: bool = False) -> tuple[list[str], str | None]:
@@ -237,7 +229,7 @@ class Store:
 
     def damaged(self) -> list[Path]:
         """List the artifacts that were set aside."""
-        return sorted(p for p in (self.root / ".damaged").glob("*") if p.is_dir())
+        return moved_aside(self.root)
 
     def require(self, ref: ArtifactRef) -> Path:
         """Return the directory of an input, which must be complete and match its digest.
@@ -378,21 +370,11 @@ class Store:
 
     def tags(self) -> dict[str, str]:
         """Return the key of each tag."""
-        if not (text := self.read("tags.json")):
-            return {}
-        try:
-            tags = parse_json(text)
-        except ValueError as error:
-            tags = error
-        if not isinstance(tags, dict) or not all(isinstance(key, str) for key in tags.values()):
-            raise ArtifactError(
-                f"{self.url}/tags.json is not JSON object of names and keys ({str(tags)[:80]}); move it away"
-            )
-        return tags
+        return self._files.tags()
 
     def tag(self, name: str, key: str) -> None:
         """Tag an artifact; an existing tag is moved."""
-        self.write("tags.json", json.dumps(self.tags() | {name: key}, indent=1, sort_keys=True))
+        self._files.tag(name, key)
 
     def untag(self, name: str) -> str:
         """Remove a tag, and return the key that it named.
@@ -400,56 +382,22 @@ class Store:
         Raises:
             ArtifactError: There is no such tag.
         """
-        tags = self.tags()
-        if name not in tags:
-            raise ArtifactError(
-                f"no tag {name!r} under {self.url}; there are: {', '.join(sorted(tags)) or 'none'}"
-            )
-        key = tags.pop(name)
-        self.write("tags.json", json.dumps(tags, indent=1, sort_keys=True))
-        return key
+        return self._files.untag(name)
 
     # -- small files: the last of several writers wins ---------------------------------------------------------
 
     def read(self, name: str) -> str | None:
         """Read a small file of the root; return None if it does not exist."""
-        checked_name(name)
-        if self.remote and not self.remote.fetch(name):
-            return None
-        try:
-            return read_below(self.root, name, MOST_BYTES).decode("utf-8")
-        except FileNotFoundError:
-            return None
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{self.url}/{name} is not UTF-8: {error}") from error
+        return self._files.read(name)
 
     def write(self, name: str, text: str) -> Path:
         """Write a small file of the root atomically, and return its local path."""
-        path = write_below(self.root, name, text)
-        if self.remote:
-            self.remote.write(name, text)
-        return path
+        return self._files.write(name, text)
 
     def remove(self, name: str) -> None:
         """Remove a small file of the root; a missing file is not an error."""
-        path = checked_name(name)
-        with contextlib.suppress(FileNotFoundError), directory_below(self.root, str(path.parent)) as handle:
-            os.unlink(path.name, dir_fd=handle)
-        if self.remote:
-            self.remote.objects.remove(name)
+        self._files.remove(name)
 
     def names(self, directory: str) -> list[str]:
         """List the files of one of the root's directories, oldest first, without files that are being written."""
-        if self.remote:
-            return self.remote.names(directory)
-        times: dict[str, int] = {}
-        with (
-            contextlib.suppress(FileNotFoundError),
-            directory_below(self.root, directory) as handle,
-            os.scandir(handle) as listing,
-        ):
-            for entry in listing:
-                if entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):  # replaced in the meantime
-                        times[entry.name] = entry.stat(follow_symlinks=False).st_mtime_ns
-        return sorted(times, key=lambda name: (times[name], name))
+        return self._files.names(directory)
