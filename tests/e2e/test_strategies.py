@@ -31,6 +31,7 @@ READS = {
     "text_similarity": set(),
 }
 READS["grad_norm"] = READS["influence"]
+READS["auto"] = READS["influence"] | {"rollouts/halves@1"}  # too few prompts for gradients of the halves
 
 
 @pytest.fixture
