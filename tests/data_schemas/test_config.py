@@ -99,7 +99,7 @@ def test_settings_that_cannot_hold_together_are_named(word):
         config(**CONTRADICTIONS[word])
 
 
-def test_all_contradictions_are_told_together():
+def test_all_contradictions_are_reported_together():
     changes = {
         k: v
         for name in ("block_rows", "strategy=full", "projection.dtype")
@@ -155,7 +155,7 @@ def test_an_unknown_strategy_is_refused():
 
 
 @pytest.mark.parametrize("name", ["Pool", "a b", "../x", "", "_a", "a" * 41])
-def test_names_that_would_not_do_as_files_or_columns_are_refused(name):
+def test_names_that_cannot_be_files_or_columns_are_refused(name):
     with pytest.raises(ValidationError):
         config(name=name)
     with pytest.raises(ValidationError):

@@ -35,7 +35,7 @@ def test_what_is_no_key_is_refused(key):
         ArtifactRef(kind="prompts", key=key, digest="d")
 
 
-def test_records_survive_json_and_refuse_what_they_do_not_know():
+def test_records_survive_json_and_refuse_unknown_fields():
     ref = ArtifactRef(kind="policy", key="policy-v1-" + "0" * 16, digest="d")
     spec = StepSpec(step="training", slot="policy@1", settings={"a": [1.5, None]}, inputs={"policy": ref})
     assert StepSpec.model_validate_json(spec.model_dump_json()) == spec

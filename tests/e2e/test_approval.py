@@ -55,7 +55,7 @@ def test_another_ratio_is_chosen_shown_and_trained_on_and_is_that_of_a_run_with_
     assert other.slots["policy@1"].ref == again.slots["policy@1"].ref
 
 
-def test_a_run_that_goes_on_is_not_asked_again_and_one_without_approval_takes_its_own_ratio(own_copy):
+def test_a_resumed_run_is_not_asked_again_and_one_without_approval_uses_its_own_ratio(own_copy):
     root, record = own_copy
     first = asked(tiny(), root, Person(0.3, None, None))
     person = Person()
@@ -77,7 +77,7 @@ def test_a_stop_after_an_approval_keeps_it(own_copy):
 @pytest.mark.parametrize(
     ("error", "status"), [(DeclinedError("no"), "cancelled"), (WaitingError("later"), "waiting")]
 )
-def test_what_is_not_approved_is_not_trained_on_and_asked_for_again(tmp_path, error, status):
+def test_an_unapproved_selection_is_not_trained_on_and_is_asked_for_again(tmp_path, error, status):
     config = tiny(stages=1)
     with pytest.raises(type(error)):
         asked(config, tmp_path, Person(error))
@@ -89,7 +89,7 @@ def test_what_is_not_approved_is_not_trained_on_and_asked_for_again(tmp_path, er
     assert [stage for stage, *_ in person.asked] == [1]
 
 
-def test_too_few_prompts_are_told_to_the_person_and_refused_when_approved_all_the_same(own_copy):
+def test_too_few_prompts_are_reported_and_refused_even_when_approved(own_copy):
     root, _ = own_copy
     person = Person(0.05, None)
     with pytest.raises(

@@ -51,7 +51,7 @@ def command(*arguments):
 # -- the configuration --------------------------------------------------------------------------------------
 
 
-def test_every_fault_of_a_configuration_is_told_at_once_and_nothing_is_made(tmp_path):
+def test_every_fault_of_a_configuration_is_reported_together_and_nothing_is_written(tmp_path):
     wrong = settings(training={"sampling": {"samples": 1}, "prompts_per_stepp": 4}, stages=0)
     wrong["selection"] = {"strategy": "influense", "ratio": 3}
     wrong["gradients"] = {"rows_per_shard": 9, "block_rows": 4}
@@ -249,7 +249,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_what_is_whole_and_the_run_goes_on_after_space_is_made(small_disk, own_copy):
+def test_a_full_disk_keeps_complete_work_and_the_run_resumes_after_space_is_freed(small_disk, own_copy):
     disk, remount = small_disk
     root, config = disk / "root", tiny(projection={"k": 131072, "density": 0.5}, stages=1)
     stopped = {"1m": "policy@0", "5m": "gradients/pool@1", "20m": "policy@1"}

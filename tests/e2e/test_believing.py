@@ -238,7 +238,7 @@ def test_a_passed_limit_does_its_action_is_noted_and_recomputes_nothing_before(
 
 
 @pytest.mark.parametrize("at", ["gradients/spot@2", "gradients/pool@2", "policy@2"])
-def test_a_run_that_stops_in_a_refresh_or_a_spot_check_goes_on_to_the_same_end(own_checked, refreshed, at):
+def test_a_run_that_stops_in_a_refresh_or_a_spot_check_resumes_to_the_same_end(own_checked, refreshed, at):
     root, _ = own_checked
     _, config, uninterrupted = refreshed
     store, asked = Store(root), []

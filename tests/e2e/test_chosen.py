@@ -132,7 +132,7 @@ def test_texts_in_batches_are_as_near_as_all_at_once(reference, found, monkeypat
             assert vars(other.figures[name]) == pytest.approx(vars(one.figures[name]), abs=1e-6)
 
 
-def test_a_stage_that_took_what_is_surest_has_lower_entropy(own_copy):
+def test_a_stage_that_selected_certain_prompts_has_lower_entropy(own_copy):
     root, record = own_copy
     store = Store(root)
     gradients = GradientStore.open(store.path(record.slots["gradients/pool@1"].ref) / "gradients.zarr")

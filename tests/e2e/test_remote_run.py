@@ -45,7 +45,7 @@ def test_a_run_on_s3_ends_with_the_digests_of_a_local_run(first, reference):
     assert computed(first) == computed(reference[1])
 
 
-def test_all_of_it_is_there_and_whole(first, url, machines, monkeypatch):
+def test_every_artifact_is_complete_at_the_address(first, url, machines, monkeypatch):
     monkeypatch.setenv("CROPI_CACHE", machines("reader")["CROPI_CACHE"])
     store = Store(url)
     keys = {entry.ref.key for entry in first.slots.values()}
@@ -79,7 +79,7 @@ def test_a_report_elsewhere_fetches_no_gradients_and_says_so(first, url, machine
     assert len(list((store.root / "gradients").glob("*"))) == 2
 
 
-def test_another_machine_goes_on_with_another_selection(first, url, machines, monkeypatch):
+def test_another_machine_continues_with_another_selection(first, url, machines, monkeypatch):
     """What changes is computed, from inputs that are fetched; what does not is found."""
     monkeypatch.setenv("CROPI_CACHE", machines("third")["CROPI_CACHE"])
     record = go(tiny(selection={"ratio": 0.4}, stages=1), url)
@@ -119,7 +119,7 @@ go(tiny(stages=1), sys.argv[1])
 """
 
 
-def test_a_run_killed_while_it_sends_goes_on_and_computes_nothing_again(first, machines):
+def test_a_run_killed_during_an_upload_resumes_and_computes_nothing_again(first, machines):
     url, env = new_bucket(), {**os.environ, **machines("killed")}
     child = processes.run([sys.executable, "-c", KILLED, url], env=env, check=False)
     assert child.returncode == -signal.SIGKILL

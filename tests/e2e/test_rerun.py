@@ -226,7 +226,7 @@ BAD_PINS = {
 
 
 @pytest.mark.parametrize("what", BAD_PINS)
-def test_a_pin_that_cannot_be_is_told_before_anything_runs(own_copy, what):
+def test_an_impossible_pin_is_reported_before_anything_runs(own_copy, what):
     root, record = own_copy
     pins, kind, words = BAD_PINS[what]
     keys = {f"{{{slot}}}": entry.ref.key for slot, entry in record.slots.items()}

@@ -110,7 +110,7 @@ def test_a_graded_step_can_be_repeated_alone(graded):
     assert grading_of(spec) == made.grading
 
 
-def test_a_verifier_that_nobody_defined_is_told_before_anything_is_sampled(tmp_path):
+def test_an_undefined_verifier_is_reported_before_sampling(tmp_path):
     with pytest.raises(ConfigError, match="pool: verifier 'mine' is none of exact, numeric, math, choice"):
         go(config(tmp_path), tmp_path / "root")
     assert not list(Store(tmp_path / "root").keys("rollouts"))

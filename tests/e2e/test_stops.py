@@ -107,7 +107,7 @@ def served(name, found):
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_what_was_whole_at_a_kill_is_never_written_again(life, name):
+def test_files_complete_at_a_kill_are_not_written_again(life, name):
     _, seen = life
     at = list(STOPS).index(name)
     (found, _), (after, _) = seen[at : at + 2]
@@ -124,7 +124,7 @@ def shards(found, pattern):
     return sum(re.search(pattern, name) is not None for name in whole(found))
 
 
-def test_the_kills_came_where_they_were_meant(life):
+def test_the_kills_hit_their_intended_places(life):
     _, seen = life
     at = {name: found for name, (found, _) in zip(STOPS, seen, strict=False)}
     assert shards(at["evaluation"], r"\.scratch/goal/part-") == 1

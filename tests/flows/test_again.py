@@ -107,7 +107,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, known: Path) -> Iterator[Desk
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_a_rescore(desk: Desk, tmp_path: Path):
+def test_a_run_resumes_from_a_rescore(desk: Desk, tmp_path: Path):
     config = tiny_config(name="rescored")
     flow_run = desk.start(config)
     desk.until(flow_run, "Completed")
@@ -131,7 +131,7 @@ def test_a_run_goes_on_from_a_rescore(desk: Desk, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_cancelled_in_the_ui_leaves_no_process_and_goes_on_when_retried(desk: Desk):
+def test_a_run_cancelled_in_the_ui_leaves_no_process_and_resumes_when_retried(desk: Desk):
     training = tiny_config().training.model_dump() | {"steps": 120}
     config = tiny_config(name="cancelled", training=training, runtime=SUBPROCESSES)
     idle = desk.descendants()
@@ -156,7 +156,7 @@ def test_a_run_cancelled_in_the_ui_leaves_no_process_and_goes_on_when_retried(de
 
 
 @pytest.mark.slow
-def test_a_failed_run_that_is_retried_goes_on_inside_the_failed_step(desk: Desk):
+def test_a_failed_run_that_is_retried_resumes_inside_the_failed_step(desk: Desk):
     rollouts = tiny_config().rollouts.model_dump() | {"shard_prompts": 1}
     config = tiny_config(name="failed", seed=7, rollouts=rollouts, runtime=SUBPROCESSES)
     flow_run = desk.start(config)

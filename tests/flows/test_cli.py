@@ -58,7 +58,7 @@ def test_a_run_and_the_same_run_again(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_process_and_goes_on(tmp_path: Path, how: signal.Signals):
+def test_a_stopped_run_leaves_no_process_and_resumes(tmp_path: Path, how: signal.Signals):
     training = tiny_config().training.model_dump() | {"steps": 400}
     runtime = {"device": "cpu", "threads": 1, "mode": "subprocess"}
     config, root = written(tmp_path / "long.yaml", training=training, runtime=runtime), tmp_path / "root"
@@ -101,7 +101,7 @@ def test_a_failing_step_is_one_line_and_exit_code_1(tmp_path: Path, known: Path,
     assert "Traceback" not in err
 
 
-def test_what_is_wrong_with_the_command_costs_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_command_starts_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = written(tmp_path / "tiny.yaml")
     with pytest.raises(ConfigError, match="scoring"):
         CliRunner().invoke(cli.app, ["run", str(config), "--refresh", "scoring"], catch_exceptions=False)
@@ -124,7 +124,7 @@ def test_other_commands_import_no_prefect():
     assert out.stdout.split() == ["False", "False"]
 
 
-def test_a_server_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_of_the_user_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("PREFECT_PROFILE", raising=False)
     profiles = tmp_path / "profiles.toml"
@@ -171,7 +171,7 @@ def test_files_of_the_working_directory_name_a_server_in_prefects_order(director
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_server_that_a_file_names_is_used_and_said(directory: Path, name: str, capsys, monkeypatch):
+def test_a_server_that_a_file_names_is_used_and_reported(directory: Path, name: str, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     (directory / name).write_text(SETTINGS[name].format("other.example"))
     assert environment.prepare(directory / "root") == "http://other.example/api"

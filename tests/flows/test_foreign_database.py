@@ -96,7 +96,7 @@ def test_a_server_records_its_home_before_it_makes_the_database(
     assert (home / MARK).read_text() == token
 
 
-def test_a_home_that_cannot_be_recorded_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_home_that_cannot_be_recorded_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "state").write_text("a file in the way")
     record_home(tmp_path)
     assert ownership.TRUST in caplog.text

@@ -160,7 +160,7 @@ def office(tmp_path_factory: pytest.TempPathFactory, known: Path) -> Iterator[Of
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-def test_a_person_is_asked_in_the_ui_and_told_of_finished_stages(office: Office, tmp_path: Path):
+def test_a_person_is_asked_in_the_ui_and_notified_of_finished_stages(office: Office, tmp_path: Path):
     config = tiny_config(name="asked")
     flow_run = office.start(config, "-p", "approve=true")
     office.until(flow_run, "Suspended")
@@ -210,14 +210,14 @@ def test_what_is_declined_is_not_trained_on(office: Office):
 
 
 @pytest.mark.slow
-def test_a_failure_is_told(office: Office):
+def test_a_failure_is_notified(office: Office):
     flow_run = office.start(tiny_config(name="bad"), "-p", "ratio=0.01")
     office.until(flow_run, "Failed")
     assert "training.prompts_per_step=4" in office.message("bad-", "failed")["b"]
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_told(office: Office):
+def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_notified(office: Office):
     config = tiny_config(name="gone", training={**tiny_config().training.model_dump(), "steps": 200})
     idle = descendants(office.served.process.pid)
     flow_run = office.start(config)

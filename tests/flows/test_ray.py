@@ -176,7 +176,7 @@ def test_a_call_without_prefect_says_so(fresh):
 
 
 @pytest.mark.slow
-def test_what_no_cluster_has_is_said_and_nobody_waits_for_it(fresh):
+def test_missing_resources_of_a_cluster_are_reported_without_waiting(fresh):
     copy, on_ray = fresh
     runtime = {**ON_RAY, "ray": {"workers": 1, "gpus_per_worker": 64}}
     with pytest.raises(StepError, match=r"a worker asks for 64 GPU \(runtime\.ray\.gpus_per_worker\)"):

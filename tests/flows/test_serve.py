@@ -114,7 +114,7 @@ def test_cropi_run_goes_through_the_running_server(served: Served, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_second_one_is_told_what_to_do(served: Served, tmp_path: Path):
+def test_a_second_server_is_refused_with_advice(served: Served, tmp_path: Path):
     def fails(*arguments: str, **environment: str) -> str:
         command = [*CROPI, "serve", *arguments]
         done = processes.run(
@@ -150,9 +150,7 @@ def test_a_configured_server_that_does_not_answer_is_named(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.extended)])
-def test_a_stop_in_the_middle_of_a_step_leaves_no_process_and_the_run_goes_on(
-    tmp_path: Path, known: Path, how: str
-):
+def test_a_stop_inside_a_step_leaves_no_process_and_the_run_resumes(tmp_path: Path, known: Path, how: str):
     root = shutil.copytree(known, tmp_path / "root")
     served = Served(root, free_port(), tmp_path / "out")
     try:

@@ -128,7 +128,7 @@ def run(environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def test_nobody_gets_in_without_the_password(team: tuple[dict[str, str], str, Path]):
+def test_no_request_is_answered_without_the_password(team: tuple[dict[str, str], str, Path]):
     _, url, _ = team
     assert [health(url, auth) for auth in (None, "team:wrong", AUTH)] == [401, 401, 200]
 

@@ -63,7 +63,7 @@ def test_every_strategy_can_be_tried_on_a_run_that_used_influence(own_copy, stra
     assert Store(root).manifest(made["ref"]["key"]).summary["strategy"] == strategy
 
 
-def test_what_cannot_be_is_said(own_copy):
+def test_impossible_settings_are_reported(own_copy):
     root, run = own_copy
     with pytest.raises(ArtifactError, match="has no 'scores@7'"):
         single.scores(run=run["run"], stage=7, root=str(root))

@@ -96,7 +96,7 @@ def test_a_study_one_of_whose_curricula_fails_and_the_same_study_again(tmp_path:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_study_leaves_no_process_and_goes_on(tmp_path: Path, how: signal.Signals):
+def test_a_stopped_study_leaves_no_process_and_resumes(tmp_path: Path, how: signal.Signals):
     long = SHORT | {"training.steps": 400, "runtime.mode": "subprocess"}
     study, root = written(tmp_path / "long.yaml", settings=long), tmp_path / "root"
     run = start(study, root, "--processes", "2")
@@ -125,7 +125,7 @@ def test_a_stopped_study_leaves_no_process_and_goes_on(tmp_path: Path, how: sign
     assert found.items() <= {key: store.manifest(key).digest for key in store.keys()}.items()  # noqa: SIM118
 
 
-def test_a_wrong_study_costs_no_server_and_nothing_to_compare_is_told(tmp_path: Path):
+def test_a_wrong_study_starts_no_server_and_an_empty_comparison_is_reported(tmp_path: Path):
     wrong = written(tmp_path / "wrong.yaml", reference="ful")
     _, err = (run := start(wrong, tmp_path / "root")).communicate(timeout=500)
     assert run.returncode == 2

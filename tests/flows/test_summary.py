@@ -39,7 +39,7 @@ def test_the_shares_of_a_stage_add_up_to_its_subset(summary):
     assert sum(shares(summary.selected[1]).values()) == pytest.approx(1)
 
 
-def test_what_the_flow_returns_is_json_and_names_every_artifact(finished):
+def test_the_result_of_the_flow_is_json_and_names_every_artifact(finished):
     root, result = finished
     json.dumps(result, allow_nan=False)
     assert result["status"] == "done"

@@ -30,7 +30,7 @@ PAGES = (
 
 
 @pytest.mark.parametrize("place", [*CODE, *PAGES])
-def test_banned_phrases_do_not_come_back(place):
+def test_banned_phrases_do_not_occur(place):
     root = ROOT / place
     paths = [root] if root.is_file() else [path for pattern in TEXTS for path in sorted(root.rglob(pattern))]
     found = [

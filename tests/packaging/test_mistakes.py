@@ -16,7 +16,7 @@ MISTAKES = {
         "cropi_core/training/test_training.py::test_the_model_is_trained_on_the_token_ids_that_render_gives",
     ],
     "3. Padding counts as an end token, so a row depends on its batch; truncated completions are said to end": [
-        "cropi_core/gradients/test_objective.py::test_padding_has_no_weight_whatever_lies_there",
+        "cropi_core/gradients/test_objective.py::test_padding_has_no_weight_for_any_content",
         "cropi_core/gradients/test_features.py::test_neighbours_and_order_do_not_enter_a_row",
         "cropi_core/rollouts/test_rollouts.py::test_tokens_in_tokens_out",
         "cropi_core/rollouts/test_rollouts.py::test_a_completion_does_not_depend_on_its_batch",
@@ -37,7 +37,7 @@ MISTAKES = {
         "cropi_core/gradients/test_objective.py::test_clip_stops_only_what_ppo_stops",
     ],
     "7. Offsets wrap at 32 bits; a projection depends on the machine that computes it": [
-        "cropi_core/gradients/test_gradient_store.py::test_rows_past_two_to_the_32_elements_are_their_own",
+        "cropi_core/gradients/test_gradient_store.py::test_rows_beyond_two_to_the_32_elements_are_distinct",
         "cropi_core/gradients/test_projection.py::test_counter_is_splitmix64_past_32_bits",
         "cropi_core/gradients/test_projection.py::test_known_answer",
     ],
@@ -46,7 +46,7 @@ MISTAKES = {
         "cropi_core/training/test_training.py::test_bfloat16_keeps_updates_smaller_than_its_spacing",
     ],
     "9. A prompt whose rewards are equal costs a forward and a backward, and can never return": [
-        "cropi_core/gradients/test_features.py::test_dead_prompts_cost_nothing_and_say_why",
+        "cropi_core/gradients/test_features.py::test_dead_prompts_are_skipped_with_a_reason",
         "e2e/test_strategies.py::test_a_prompt_without_a_gradient_can_return_when_the_policy_has_changed",
     ],
     "10. Log-probabilities of a reference are computed and not used, those of the behaviour every round": [
@@ -68,11 +68,11 @@ MISTAKES = {
         "cropi_core/artifacts/test_store.py::test_a_key_changes_with_any_setting_and_any_input_digest",
         "cropi_core/artifacts/test_store.py::test_publishing_never_overwrites",
         "e2e/test_rerun.py::test_a_changed_setting_computes_its_step_and_what_follows_and_nothing_before",
-        "e2e/test_stops.py::test_what_was_whole_at_a_kill_is_never_written_again",
+        "e2e/test_stops.py::test_files_complete_at_a_kill_are_not_written_again",
         "e2e/test_stops.py::test_after_all_kills_every_artifact_is_that_of_the_undisturbed_run",
     ],
     "14. An exception of the verifier becomes reward 0": [
-        "cropi_core/rewards/test_verifiers.py::test_a_hostile_item_costs_only_itself",
+        "cropi_core/rewards/test_verifiers.py::test_a_hostile_item_affects_only_itself",
         "cropi_core/rewards/test_verifiers.py::test_sympy_bombs_are_not_gradable_and_their_neighbours_are",
         "cropi_core/training/test_training.py::test_completions_that_cannot_be_graded_teach_nothing_and_are_counted",
         "cropi_core/selection/test_selection.py::test_pass_rates_are_means_over_what_was_graded",

@@ -34,19 +34,19 @@ def said(svg: str) -> list[str]:
 
 
 @given(NAMES, st.lists(st.tuples(NAMES, st.tuples(COUNTS, COUNTS)), max_size=40), NAMES, st.booleans())
-def test_bars_are_whole_for_any_name(title, rows, name, stacked):
+def test_bars_are_valid_for_any_name(title, rows, name, stacked):
     found = parts(bars(title, rows, (name, "b"), stacked=stacked))
     drawn = [e for e in found if e[0] == "rect"][1 + 2 :]  # after the ground and the legend
     assert len(drawn) == 2 * min(len(rows), MOST_BARS)
 
 
 @given(NAMES, st.lists(COUNTS, min_size=1, max_size=30), NAMES)
-def test_histograms_are_whole_for_any_name(title, counts, edge):
+def test_histograms_are_valid_for_any_name(title, counts, edge):
     parts(histogram(title, [counts, counts], [edge] * (len(counts) + 1), ("a", "b")))
 
 
 @given(NAMES, st.dictionaries(NAMES, st.lists(st.builds(Point, ANY, ANY, st.none() | ANY, st.none() | ANY))))
-def test_lines_are_whole_for_any_number(title, series):
+def test_lines_are_valid_for_any_number(title, series):
     found = parts(lines(title, series, "x"))
     assert found[0][0] == "svg"
 
@@ -61,7 +61,7 @@ def test_axes_have_round_numbers_and_points_lie_between_them():
     assert {"0.4", "0.6", "0.8", "10", "20", "30", "40", "optimizer steps"} <= set(said(svg))
 
 
-def test_what_is_left_out_is_said_or_thinned():
+def test_omitted_points_are_reported_or_thinned():
     svg = bars("Sources", [(f"s{i}", [1.0]) for i in range(60)])
     assert "Sources (the first 24 of 60)" in said(svg)
     (line,) = (

@@ -34,7 +34,7 @@ def test_a_task_is_cached_by_its_artifacts_key_and_nothing_else(tmp_path: Path):
     assert key(spec(seed=1)) != key(spec())
 
 
-def test_no_record_is_a_pickle_and_all_lie_beside_the_artifacts(tmp_path: Path):
+def test_no_record_is_a_pickle_and_all_are_next_to_the_artifacts(tmp_path: Path):
     for step in STEP_NAMES:
         task = step_task(step, str(tmp_path), refresh_record=False)
         assert task.result_serializer == "json"

@@ -53,7 +53,7 @@ def test_any_summary_becomes_short_json_cells(value):
 
 
 @given(st.text())
-def test_untrusted_text_cannot_be_markup_or_a_cell_of_its_own(text):
+def test_untrusted_text_cannot_become_markup_or_another_cell(text):
     line = markdown_table(["a", "b"], [[escaped(text), code(text)]]).splitlines()[-1]
     bare = line.replace("\\|", "").replace("\\`", "")
     assert bare.count("|") == 3

@@ -173,7 +173,7 @@ def test_evaluations_show_accuracy_with_intervals_by_stage(run, pages):
     assert f"| evaluation@2 | held_out | {span} |" in plain(page)
 
 
-def test_a_draw_without_votes_has_no_votes_and_a_sentence_of_somebody_elses_neither():
+def test_a_draw_without_votes_and_a_foreign_sentence_have_no_votes():
     assert (
         first_votes(["random draw", "dead: zero_variance", "rrf: no set voted", "because #1 (good)"])
         == Counter()

@@ -54,7 +54,7 @@ def test_chance_is_what_all_subsets_of_that_size_have(raw: list[float], size: in
 
 
 @given(values)
-def test_the_whole_pool_differs_from_itself_in_nothing(raw: list[float]) -> None:
+def test_the_whole_pool_does_not_differ_from_itself(raw: list[float]) -> None:
     found = contrast(np.array(raw), np.ones(len(raw), dtype=bool))
     if found is not None:
         assert found.selected_mean == found.pool_mean
@@ -62,7 +62,7 @@ def test_the_whole_pool_differs_from_itself_in_nothing(raw: list[float]) -> None
 
 
 @given(values, st.integers(0, 99), st.randoms())
-def test_the_order_of_rows_says_nothing(raw: list[float], seed: int, random) -> None:
+def test_the_order_of_rows_changes_nothing(raw: list[float], seed: int, random) -> None:
     x, one, other = np.array(raw), masks(len(raw), seed), masks(len(raw), seed + 1)
     mixed = list(range(len(raw)))
     random.shuffle(mixed)
@@ -102,7 +102,7 @@ def test_a_random_tenth_is_beyond_chance_about_one_time_in_twenty() -> None:
     assert 0.03 < np.mean(sides) < 0.07
 
 
-def test_what_is_not_known_is_no_contrast() -> None:
+def test_unknown_values_give_no_contrast() -> None:
     nothing = np.full(4, math.nan)
     assert contrast(nothing, np.ones(4, dtype=bool)) is None
     assert contrast(np.arange(4.0), np.zeros(4, dtype=bool)) is None
@@ -316,7 +316,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     assert "cropi[analysis]" in INSTALL
 
 
-def test_the_systems_message_is_no_part_of_what_a_prompt_says() -> None:
+def test_the_system_message_is_not_part_of_the_compared_text() -> None:
     system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}
     assert prompt_text([system, asked]) == prompt_text([asked]) == "1 + 1?"
     assert json.dumps(prompt_text([asked, {"role": "assistant", "content": "2"}])) == '"1 + 1?\\n2"'

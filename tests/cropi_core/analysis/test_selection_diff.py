@@ -82,7 +82,7 @@ def test_rows_may_stand_in_any_order_and_swapping_swaps(a, b, random):
 
 
 @given(selections)
-def test_a_selection_beside_itself_moved_nobody(a):
+def test_a_selection_compared_with_itself_moves_no_prompt(a):
     diff = compare_selections(a, a)
     assert diff.added == diff.removed == []
     assert diff.jaccard in (1.0, None)

@@ -76,7 +76,7 @@ def test_an_artifact_with_a_link_to_the_outside_is_damaged_and_not_exported(stor
     assert not (tmp_path / "out/data/a.txt").exists()
 
 
-def test_a_link_to_a_directory_beside_the_files_is_a_fault(store, outside):
+def test_a_link_to_a_directory_among_the_files_is_a_fault(store, outside):
     made = publish(store)
     (store.path(made) / "more").symlink_to(outside)
     assert [fault for fault in store.faults(made.key) if "more is not in the manifest" in fault]

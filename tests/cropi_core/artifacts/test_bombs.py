@@ -45,13 +45,13 @@ def repeated(path, rows, length):
 
 
 @pytest.mark.parametrize(("rows", "length"), [(20_000_000, 1), (60_000, 100_000)], ids=["rows", "texts"])
-def test_a_parquet_file_is_held_against_its_size(tmp_path, rows, length):
+def test_a_parquet_file_unpacks_to_a_bound_of_its_size(tmp_path, rows, length):
     repeated(tmp_path / "x.parquet", rows, length)
     with pytest.raises(DataError, match=r"declares 20,000,000 rows|unpacks to more than"):
         read_rows(tmp_path / "x.parquet")
 
 
-def test_repeated_texts_within_bounds_are_read_whole_and_as_before(tmp_path):
+def test_repeated_texts_within_bounds_are_read_completely(tmp_path):
     repeated(tmp_path / "x.parquet", 20_000, 2000)  # 40 MB: decoded in batches
     table = pa.table({"n": range(5), "text": ["é"] * 5, "ids": [[1, 2]] * 5})
     pq.write_table(table.replace_schema_metadata({"a": "b"}), tmp_path / "y.parquet", row_group_size=2)
@@ -63,7 +63,7 @@ def test_repeated_texts_within_bounds_are_read_whole_and_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.json.gz"])
-def test_compressed_text_is_held_against_its_size(tmp_path, name):
+def test_compressed_text_unpacks_to_a_bound_of_its_size(tmp_path, name):
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as stream:
         for _ in range(100):
             stream.write(b"{}\n" * (1 << 18))
@@ -93,7 +93,7 @@ def finished(path):
 
 
 @pytest.mark.parametrize("name", ["features", "scale", "prompt_id", "all"])
-def test_a_zarr_shape_is_held_against_the_others_and_the_files(tmp_path, name):
+def test_a_zarr_shape_must_match_the_other_arrays_and_the_files(tmp_path, name):
     path = finished(tmp_path / "x.zarr")
     GradientStore.open(path)
     for one in [p.name for p in path.iterdir() if p.is_dir()]:
@@ -172,7 +172,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_one_bad_artifact_costs_its_own_line(tmp_path, what):
+def test_a_bad_artifact_affects_only_its_own_line(tmp_path, what):
     store = Store(tmp_path / "root")
     good, bad = publish(store), publish(store, {"x.txt": "x"}, settings={"n": 2})
     text = DAMAGE[what]
@@ -198,7 +198,7 @@ def test_a_size_beyond_all_bounds_is_a_fault_of_its_own(tmp_path):
     assert "damaged" in ended.output
 
 
-def test_one_bad_record_costs_its_own_line(tmp_path):
+def test_a_bad_record_affects_only_its_own_line(tmp_path):
     store = Store(tmp_path / "root")
     record = new_run(load_config("demo"))
     save_run(store, record)

@@ -176,7 +176,7 @@ def test_a_find_completes_what_was_not_sent(url, machine):
     assert machine(url, "other").find(made.key) == made
 
 
-def test_a_fetch_that_was_cut_short_goes_on(url, machine, s3_server):
+def test_an_interrupted_fetch_resumes(url, machine, s3_server):
     made = publish(machine(url))
     script = textwrap.dedent(
         """
@@ -276,7 +276,7 @@ def test_threads_that_fetch_one_artifact_fetch_it_once(url, machine, s3_server):
 # -- damage ------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_object_is_refused_and_told(url, machine):
+def test_a_changed_object_is_refused_and_reported(url, machine):
     """Its size is right, so a lookup cannot detect it; reading it and verifying it do."""
     made = publish(machine(url))
     spoil(url, "b.txt", b"owt")
@@ -322,7 +322,7 @@ def edit(url, name, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_that_names_and_sizes_show_is_found_set_aside_and_noted(url, machine, what):
+def test_damage_that_names_and_sizes_show_is_found_and_set_aside(url, machine, what):
     spoiled, words = DAMAGE[what]
     made = publish(machine(url))
     spoiled(url, made.key)
@@ -362,7 +362,7 @@ def test_a_manifest_that_was_renewed_meanwhile_is_not_set_aside(url, machine):
     assert len([name for name in objects(url) if name.startswith("files/")]) == len(FILES)
 
 
-def test_another_schema_version_is_an_error_and_is_left_alone(url, machine):
+def test_another_schema_version_is_an_error_and_is_not_changed(url, machine):
     made = publish(machine(url))
     edit(url, made.key, schema_version=99)
     with pytest.raises(ArtifactError, match="schema version 99"):
@@ -458,13 +458,13 @@ def test_an_address_is_checked(machine):
         machine("nonsense://bucket/x").keys()
 
 
-def test_a_bucket_that_is_not_there_is_said(s3_server, machine):
+def test_a_missing_bucket_is_reported(s3_server, machine):
     for call in (lambda s: s.prepare(), lambda s: s.keys(), lambda s: list_runs(s)):
         with pytest.raises(ArtifactError, match=r"s3://no-such-bucket/x failed.*Make the bucket first"):
             call(machine("s3://no-such-bucket/x"))
 
 
-def test_missing_credentials_are_said(s3_server, machine, tmp_path):
+def test_missing_credentials_are_reported(s3_server, machine, tmp_path):
     environment = {
         k: v for k, v in os.environ.items() if k not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     }
@@ -475,7 +475,7 @@ def test_missing_credentials_are_said(s3_server, machine, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_keys_that_are_not_valid_are_said(tmp_path, machine, monkeypatch):
+def test_invalid_keys_are_reported(tmp_path, machine, monkeypatch):
     """A server that requires authentication after its first few requests."""
     server = Server(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="5")
     try:
@@ -491,7 +491,7 @@ def test_keys_that_are_not_valid_are_said(tmp_path, machine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_said_and_the_work_kept(tmp_path, machine, monkeypatch):
+def test_a_lost_server_is_reported_and_the_work_is_kept(tmp_path, machine, monkeypatch):
     folder = tmp_path / "server"
     folder.mkdir()
     server = Server(folder)
@@ -526,7 +526,7 @@ def test_doctor_looks_at_an_address(url, machine):
 
 
 @pytest.mark.slow
-def test_a_large_file_goes_in_parts_and_comes_whole(url, machine):
+def test_a_large_file_is_sent_in_parts_and_received_completely(url, machine):
     block = os.urandom(1 << 20)
 
     def fill(out):
@@ -559,7 +559,7 @@ def gc(url, *arguments):
 
 
 @pytest.mark.slow
-def test_gc_removes_what_nothing_names_and_uploads_that_were_cut_short(url, machine):
+def test_gc_removes_unused_objects_and_interrupted_uploads(url, machine):
     store = machine(url)
     kept, loose, cut = [publish(store, {"a": name * 1000}) for name in ("kept", "loose", "cut")]
     store.tag("best", kept.key)
@@ -596,7 +596,7 @@ def test_the_cache_gives_up_what_was_used_longest_ago_and_never_what_others_lack
     assert contents(machine(url, "other").require(made[0])) == {"a": "0" * 1000}
 
 
-def test_using_a_copy_makes_it_the_last_to_go(url, machine):
+def test_a_used_copy_is_evicted_last(url, machine):
     store = machine(url)
     made = [publish(store, {"a": str(n)}) for n in range(2)]
     for ref in made:

@@ -62,7 +62,7 @@ def test_a_key_changes_with_any_setting_and_any_input_digest(one, other, inputs,
 
 
 @given(SETTINGS, st.dictionaries(st.text(min_size=1, max_size=3), DIGESTS, max_size=3))
-def test_a_key_changes_with_nothing_else(settings, inputs):
+def test_a_key_depends_on_nothing_else(settings, inputs):
     """The order of settings and the key of an equal input have no effect."""
     refs = {name: ref(d) for name, d in inputs.items()}
     turned = {name: ref(refs[name].digest, "policy", f"policy-v9-{'f' * 16}") for name in reversed(refs)}
@@ -75,7 +75,7 @@ def test_settings_that_are_no_numbers_have_no_key():
         artifact_key("scores", 1, {"a": float("nan")}, {})
 
 
-def test_what_is_no_key_names_no_path(store):
+def test_an_invalid_key_names_no_path(store):
     for name in ("../etc", "prompts/../..", "nothing-v1-00", "prompts-v1-0/../x", ""):
         with pytest.raises(ArtifactError, match="not an artifact key"):
             store.path(name)
@@ -100,7 +100,7 @@ def test_publishing_never_overwrites(store):
     assert (store.path(made) / "b.txt").read_bytes() == before
 
 
-def test_an_equal_content_has_an_equal_digest_wherever_it_lies(store, tmp_path):
+def test_equal_content_has_an_equal_digest_at_any_path(store, tmp_path):
     one, other = publish(store, settings={"a": 1}), publish(Store(tmp_path / "b"), settings={"a": 2})
     assert one.digest == other.digest
     assert one.key != other.key
@@ -211,7 +211,7 @@ def test_damage_is_named_and_set_aside(store, what):
     assert store.require(made)
 
 
-def test_another_schema_version_is_an_error_and_is_left_alone(store):
+def test_another_schema_version_is_an_error_and_is_not_changed(store):
     made = publish(store)
     edit(store.path(made) / MANIFEST, schema_version=99)
     with pytest.raises(ArtifactError, match="schema version 99"):
@@ -297,7 +297,7 @@ def test_a_moved_root_is_the_same_store(store, tmp_path):
     assert Store(tmp_path / "moved").require(made).is_relative_to(tmp_path / "moved")
 
 
-def test_a_fault_is_one_line_whatever_pydantic_says(tmp_path):
+def test_a_fault_is_one_line_for_any_message_of_pydantic(tmp_path):
     store = Store(tmp_path)
     key = publish(store).key
     path = store.path(key) / MANIFEST

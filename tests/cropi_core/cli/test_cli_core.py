@@ -77,7 +77,7 @@ def test_what_needs_no_torch_imports_none(args, tmp_path):
     assert done.stderr.strip() == "[]"
 
 
-def test_exit_codes_tell_a_wrong_command_from_failed_work(tmp_path, store, made):
+def test_exit_codes_distinguish_a_wrong_command_from_failed_work(tmp_path, store, made):
     assert "selection" in cropi("selction", code=2).stderr
     assert cropi("rollouts", code=2).stderr
     wrong = cropi(
@@ -103,7 +103,7 @@ def test_exit_codes_tell_a_wrong_command_from_failed_work(tmp_path, store, made)
     assert failed.stdout == ""
 
 
-def test_what_nobody_foresaw_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     script = (
         "from cropi_core.cli import app, main\n"
         "@app.command()\ndef boom():\n    raise RuntimeError('unforeseen')\n"
@@ -166,7 +166,7 @@ def test_a_step_speaks_json_lines_whatever_libraries_print(store):
         assert noise in done.stderr
 
 
-def test_a_failed_step_says_why_and_exits_as_its_error_does(store):
+def test_a_failed_step_reports_its_error_and_its_exit_code(store):
     bad = prompts_spec().model_copy(
         update={
             "location": {"path": "none.jsonl"},
@@ -265,7 +265,7 @@ def test_runs_are_listed(store, made):
     assert "0/3" in cropi("runs", "--root", store.root).stdout
 
 
-def test_a_report_without_a_run_says_what_makes_one(tmp_path):
+def test_a_report_without_a_run_says_how_to_make_one(tmp_path):
     assert "cropi run" in cropi("report", "--root", tmp_path, code=2).stderr
 
 

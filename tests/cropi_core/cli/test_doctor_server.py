@@ -23,7 +23,7 @@ def server():
         (PASSWORD, "", "broken", "is not a Prefect API"),
     ],
 )
-def test_a_server_is_asked_with_the_password(server, monkeypatch, password, path, state, words):
+def test_a_server_is_queried_with_the_password(server, monkeypatch, password, path, state, words):
     monkeypatch.delenv("PREFECT_API_KEY", raising=False)
     monkeypatch.delenv("PREFECT_API_AUTH_STRING", raising=False)
     if password is not None:

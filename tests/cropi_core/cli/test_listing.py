@@ -19,7 +19,7 @@ from tests.support.stores import publish
     ("seconds", "text"),
     [(-5, "0 s"), (0, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (86400 * 12 + 5, "12 d")],
 )
-def test_an_age_is_told_by_its_largest_unit(seconds: float, text: str):
+def test_an_age_is_shown_in_its_largest_unit(seconds: float, text: str):
     assert age(seconds) == text
 
 

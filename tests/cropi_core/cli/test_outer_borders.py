@@ -54,7 +54,7 @@ def test_any_exception_of_a_library_becomes_an_error_that_names_the_file(error):
 
 
 @pytest.mark.parametrize("error", [*FOREIGN, MemoryError()])
-def test_what_reaches_the_command_line_from_outside_is_one_line(error):
+def test_an_outside_error_that_reaches_the_command_line_is_one_line(error):
     text = outer_error(error)
     assert text is not None
     assert "\n" not in text
@@ -150,7 +150,7 @@ def collect(directory, prompts, policy=None, out="rollouts", seed=0, temperature
         ({"shard": 3}, "its prompts are others"),
     ],
 )
-def test_rollouts_of_other_inputs_are_not_taken_for_these(sampled, tmp_path, changed, words):
+def test_rollouts_of_other_inputs_are_not_reused(sampled, tmp_path, changed, words):
     if "policy" in changed:
         changed = {"policy": save_tiny(tmp_path / "tiny")}
     before = {path: path.read_bytes() for path in (sampled / "rollouts").iterdir()}

@@ -66,7 +66,7 @@ def test_a_preset_is_found_by_name_and_its_near_miss_is_named(tmp_path, monkeypa
         load_config("dmeo")
 
 
-def test_unknown_wrong_and_contradicting_settings_are_told_together(write):
+def test_unknown_wrong_and_contradicting_settings_are_reported_together(write):
     bad = {
         "sed": 3,
         "stages": 0,
@@ -133,7 +133,7 @@ def test_a_missing_required_section_does_not_hide_contradictions(write):
         ("a: !!python/object/apply:os.system [true]", "YAML"),
     ],
 )
-def test_files_that_are_no_configuration_say_why(write, text, word):
+def test_files_that_are_not_a_configuration_are_refused_with_a_reason(write, text, word):
     assert word in faults(write(text))[0]
 
 
@@ -183,7 +183,7 @@ def test_sections_are_built_from_overrides_alone():
         assert word in str(raised.value)
 
 
-def test_a_verifier_that_nobody_defined_is_told_with_the_other_faults_of_a_file(tmp_path):
+def test_an_undefined_verifier_is_reported_with_the_other_faults_of_a_file(tmp_path):
     source = {"kind": "file", "path": "p.jsonl", "columns": {}, "verifier": "mine"}
     data = {"pool": source, "validation": {"v": source | {"limit": 0}, "w": source}}
     path = tmp_path / "c.yaml"

@@ -85,7 +85,7 @@ def test_levels_are_read_from_the_artifacts(climbed):
     assert 0 < found.coverage <= 1
 
 
-def test_the_plan_knows_the_steps(climbed, tmp_path):
+def test_the_plan_lists_the_steps(climbed, tmp_path):
     config, _, record = climbed
     planned = rehearse(config, Store(tmp_path / "root"), tmp_path / "folder")
     slots = {work.slot: work for work in planned.works}

@@ -45,7 +45,7 @@ def test_every_rule_has_a_figure_a_limit_and_an_action():
     assert all(getattr(Diagnostics(), rule) is None for rule in RULES), "off by default"
 
 
-def test_without_limits_nothing_is_done_and_everything_is_known():
+def test_without_limits_every_figure_is_measured_and_no_action_is_taken():
     check = judged({})
     assert check.action == "none"
     assert consequence(check) is None
@@ -55,7 +55,7 @@ def test_without_limits_nothing_is_done_and_everything_is_known():
 
 @pytest.mark.parametrize("action", ["refresh", "random"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_limit_that_is_passed_asks_for_its_own_action(rule, action):
+def test_an_exceeded_limit_triggers_its_own_action(rule, action):
     passed, kept = passing(rule)
     check = judged({rule: passed, f"{rule}_action": action, "spot_check": 9})
     assert check.action == action
@@ -73,7 +73,7 @@ def test_a_limit_that_is_passed_asks_for_its_own_action(rule, action):
 
 
 @pytest.mark.parametrize(("trajectories", "why"), [("own", "from the current policy"), ("pinned", "pinned")])
-def test_what_a_refresh_cannot_change_is_not_refreshed_and_said(trajectories, why):
+def test_figures_that_a_refresh_cannot_change_cause_no_refresh_and_are_reported(trajectories, why):
     check = judged({"max_kl": 0.2}, trajectories=trajectories)
     assert check.action == "none"
     said = consequence(check)
@@ -88,7 +88,7 @@ def test_a_refresh_comes_before_a_random_selection():
     assert judged({"max_kl": 0.2, "min_target_agreement": 0.4}).action == "refresh"
 
 
-def test_what_could_not_be_measured_passes_no_limit_and_is_said():
+def test_unmeasured_figures_exceed_no_limit_and_are_reported():
     check = judged({"min_target_agreement": 0.4}, found=FOUND | {"target_agreement": None})
     assert check.action == "none"
     said = consequence(check)

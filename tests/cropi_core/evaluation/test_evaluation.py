@@ -107,7 +107,7 @@ def test_accuracy_averages_prompts_over_their_graded_completions():
     assert (result["mean_tokens"], result["truncated"]) == (3.0, 0.5)
 
 
-def test_a_set_without_grades_or_with_foreign_rewards_is_an_error():
+def test_a_set_without_grades_or_with_unknown_rewards_is_an_error():
     with pytest.raises(DataError, match=r"set s: none of 2 completions can be graded"):
         set_accuracy(rows([[None, None]]), "s")
     with pytest.raises(DataError, match=r"rewards in \[0, 1\].*2\.0"):

@@ -204,7 +204,7 @@ def test_bytes_do_not_depend_on_shards_or_workers(tmp_path):
             assert other.column(column).tobytes() == base.column(column).tobytes()
 
 
-def test_dead_prompts_cost_nothing_and_say_why(tmp_path, monkeypatch):
+def test_dead_prompts_are_skipped_with_a_reason(tmp_path, monkeypatch):
     """Mistakes 9 and 14: equal rewards are skipped with a status; not gradable is left out, not zero."""
     policy = save_tiny(tmp_path / "policy")
     ungraded = ((1, 0), (1, 1), (1, 2), (2, 1))

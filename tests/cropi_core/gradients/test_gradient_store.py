@@ -53,7 +53,7 @@ def test_gives_back_what_was_put_in(tmp_path: Path, dtype: str):
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3, 4, 5, 100])
-def test_blocks_are_the_whole_in_order(tmp_path: Path, rows: int | None):
+def test_blocks_cover_all_rows_in_order(tmp_path: Path, rows: int | None):
     store = filled(tmp_path / "a.zarr")
     seen = list(store.blocks(rows))
     np.testing.assert_array_equal(np.concatenate([block for _, block in seen]), store.rows(0, N))
@@ -91,7 +91,7 @@ def test_bytes_depend_neither_on_order_nor_on_processes(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instant", ["sync", "np.savez", "finish"])
-def test_killed_at_any_instant_goes_on_to_the_same_bytes(tmp_path: Path, instant: str):
+def test_killed_at_any_instant_resumes_to_the_same_bytes(tmp_path: Path, instant: str):
     """A kill after the data and before the marker costs that shard; one inside finish() costs nothing."""
     script = f"""
         import os, signal, sys
@@ -187,7 +187,7 @@ def test_a_finished_store_is_not_written_again(tmp_path: Path):
         write(store, 0)
 
 
-def test_a_shard_without_gradients_costs_no_file(tmp_path: Path):
+def test_a_shard_without_gradients_has_no_file(tmp_path: Path):
     filled(tmp_path / "a.zarr")
     shards = sorted(p.parent.name for p in (tmp_path / "a.zarr" / "features" / "c").rglob("0") if p.is_file())
     assert shards == ["0", "2"]
@@ -233,7 +233,7 @@ def test_half_precision_loses_less_than_a_thousandth_at_any_norm(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_rows_past_two_to_the_32_elements_are_their_own(tmp_path: Path):
+def test_rows_beyond_two_to_the_32_elements_are_distinct(tmp_path: Path):
     k, n = 1 << 20, (1 << 12) + 4
     store = create(tmp_path / "a.zarr", n=n, k=k, rows_per_shard=4)
     last = store.shards - 1

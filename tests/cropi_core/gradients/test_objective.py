@@ -74,7 +74,7 @@ def test_on_policy_every_ratio_is_one():
         torch.testing.assert_close(other, weights[0])
 
 
-def test_padding_has_no_weight_whatever_lies_there():
+def test_padding_has_no_weight_for_any_content():
     """Mistake 3: padding is never a token, not even an end-of-sequence."""
     logp, behavior = logprobs()
     for ratio in ("token", "sequence", "sequence_truncated"):

@@ -105,7 +105,7 @@ def test_norm_is_unbiased(form):
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
-def test_folding_leaves_no_coordinate_out_and_short_sides_whole(density):
+def test_folding_covers_every_coordinate_and_keeps_short_sides(density):
     """Mistake 1: every coordinate of every layer reaches the sketch; density and length determine what a side keeps."""
     sketches = build_sketches(SHAPES, Projection(density=density, form="folded", min_side=30), CPU)
     for name, sketch in sketches.items():
@@ -149,7 +149,7 @@ def test_every_layer_is_covered_in_proportion(form, density):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 60), st.floats(0.001, 1), st.sampled_from(["factored", "uniform"]))
-def test_indices_are_whole_and_within_bounds(m, n, density, form):
+def test_indices_are_integers_within_bounds(m, n, density, form):
     sketch = build_sketches({"w": (m, n)}, Projection(k=32, density=density, form=form), CPU)["w"]
     cells = sketch.cells.numel()
     assert 1 <= cells <= m * n

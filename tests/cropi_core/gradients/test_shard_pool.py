@@ -48,7 +48,7 @@ def test_every_shard_is_computed_once(tmp_path, workers):
     assert all(p.read_text() == "x" for p in tmp_path.glob("*.tries"))
 
 
-def test_a_process_that_dies_costs_its_shard_which_is_computed_again(tmp_path, caplog):
+def test_the_shard_of_a_killed_process_is_computed_again(tmp_path, caplog):
     shards = {0: "a", 1: "die once", 2: "c", 3: "d"}
     assert sorted(compute_shards(shards, [{}, {}], writer, (tmp_path,))) == [0, 1, 2, 3]
     assert written(tmp_path) == shards
@@ -128,7 +128,7 @@ def naming(directory):
     return work
 
 
-def test_each_process_sees_its_own_gpu_and_so_does_its_successor(tmp_path):
+def test_each_process_and_its_successor_use_the_same_gpu(tmp_path):
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "7")]
     shards = {0: "die once", 1: "die once", 2: "", 3: ""}
     assert sorted(compute_shards(shards, environments, naming, (tmp_path,))) == [0, 1, 2, 3]

@@ -110,7 +110,7 @@ def test_every_half_is_widened_exactly():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 6))
-def test_results_come_in_the_order_of_the_items(delays: list[int], threads: int):
+def test_results_have_the_order_of_the_items(delays: list[int], threads: int):
     def work(item: tuple[int, int]) -> int:
         time.sleep(item[1] / 1000)
         return -item[0]
@@ -120,7 +120,7 @@ def test_results_come_in_the_order_of_the_items(delays: list[int], threads: int)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_comes_where_its_result_would_and_nothing_is_begun_after_it(threads: int):
+def test_an_error_takes_the_place_of_its_result_and_stops_later_items(threads: int):
     begun: list[int] = []
 
     def work(item: int) -> int:

@@ -212,7 +212,7 @@ def test_prompts_are_imported_as_they_are_or_mapped(store, tmp_path):
     assert again.digest == ref.digest
 
 
-def test_a_policy_is_imported_whole(store, tmp_path):
+def test_a_policy_is_imported_completely(store, tmp_path):
     shutil.copytree(base_checkpoint(), tmp_path / "policy")
     ref = import_artifact(store, "policy", tmp_path / "policy")
     assert (store.path(ref) / "checkpoint" / "model.safetensors").is_file()
@@ -241,7 +241,7 @@ def test_symbolic_links_do_not_enter(store, tmp_path):
         imported(store, tmp_path / "link.jsonl")
 
 
-def test_what_cannot_be_imported_says_what_can(store, tmp_path):
+def test_a_refused_import_lists_the_importable_kinds(store, tmp_path):
     path = jsonl(tmp_path / "r.jsonl", GOOD)
     with pytest.raises(ConfigError, match="only prompts, rollouts"):
         import_artifact(store, "gradients", path)
@@ -254,7 +254,7 @@ def test_what_cannot_be_imported_says_what_can(store, tmp_path):
         imported(store, tmp_path / "r.pkl")
 
 
-def test_an_export_is_whole_and_overwrites_nothing(store, tmp_path):
+def test_an_export_is_complete_and_overwrites_nothing(store, tmp_path):
     ref = imported(store, jsonl(tmp_path / "r.jsonl", GOOD))[1]
     export_artifact(store, ref.key, tmp_path / "out")
     assert (tmp_path / "out/parts/part-00000.parquet").read_bytes() == (

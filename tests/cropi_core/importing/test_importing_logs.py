@@ -139,7 +139,7 @@ def close(one, other, limit=2e-4):
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_our_own_rollouts_written_as_another_trainers_log_come_back(ours, tmp_path, layout):
+def test_rollouts_written_as_another_trainers_log_are_imported_equal(ours, tmp_path, layout):
     table, prompts, rollouts = ours
     WRITERS[layout](tmp_path / "log", prompts, rollouts.to_pylist())
     found, summary = imported(tmp_path, layout, table)
@@ -172,7 +172,7 @@ def test_logged_tokens_and_log_probabilities_are_kept_and_compared(ours, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["trl", "prime_rl"])
-def test_without_a_table_prompts_are_made_of_the_log(ours, tmp_path, layout):
+def test_without_a_table_prompts_are_derived_from_the_log(ours, tmp_path, layout):
     _, prompts, rollouts = ours
     WRITERS[layout](tmp_path / "log", prompts, rollouts.to_pylist())
     found, _ = imported(tmp_path, layout)
@@ -180,7 +180,7 @@ def test_without_a_table_prompts_are_made_of_the_log(ours, tmp_path, layout):
     assert len(set(found["prompt_id"].to_pylist())) == len(prompts)
 
 
-def test_what_is_not_in_the_table_is_left_out_and_counted(ours, tmp_path):
+def test_rows_outside_the_table_are_dropped_and_counted(ours, tmp_path):
     _, prompts, rollouts = ours
     verl(tmp_path / "log", prompts, rollouts.to_pylist())
     few = build({"reverse": 6}, "pool", 0)
@@ -195,7 +195,7 @@ def test_what_is_not_in_the_table_is_left_out_and_counted(ours, tmp_path):
     assert "{" not in str(raised.value)
 
 
-def test_several_steps_are_one_policys_only_by_assumption(ours, tmp_path):
+def test_several_steps_count_as_one_policy_only_by_assumption(ours, tmp_path):
     table, prompts, rollouts = ours
     rows = rollouts.to_pylist()
     verl(tmp_path / "log", prompts, rows[:8])
@@ -318,7 +318,7 @@ def test_reasoning_is_not_lost(tmp_path):
     assert (one.text, one.reasoning) == ("7", "2 and 5 make 7")
 
 
-def test_a_faulty_row_of_a_log_costs_itself_where_that_is_asked_for(tmp_path):
+def test_a_faulty_row_of_a_log_is_dropped_on_request(tmp_path):
     rows = [
         {"completion": said(None, reasoning_content="cut"), "reward": 1.0, "is_truncated": True},
         {"completion": said("7"), "reward": 1.0},
@@ -374,7 +374,7 @@ def test_a_trace_of_one_turn_is_read(tmp_path):
         read_log(tmp_path, "prime_rl")
 
 
-def test_a_null_log_probability_is_filled_by_our_own_forward(ours, tmp_path):
+def test_a_null_log_probability_is_filled_by_a_forward_pass(ours, tmp_path):
     table, prompts, rollouts = ours
     rows = [{**row, "behavior_logprobs": list(row["behavior_logprobs"])} for row in rollouts.to_pylist()]
     rows[0]["behavior_logprobs"][0] = None
@@ -385,7 +385,7 @@ def test_a_null_log_probability_is_filled_by_our_own_forward(ours, tmp_path):
     assert close(back, rollouts)
 
 
-def test_a_token_beyond_the_vocabulary_costs_its_row(ours, tmp_path):
+def test_a_token_beyond_the_vocabulary_drops_its_row(ours, tmp_path):
     table, prompts, rollouts = ours
     rows = rollouts.to_pylist()
     rows[3] = {**rows[3], "completion_ids": [151643] * len(rows[3]["completion_ids"])}
@@ -399,7 +399,7 @@ def test_a_token_beyond_the_vocabulary_costs_its_row(ours, tmp_path):
     assert sum(summary["dropped"].values()) == 1
 
 
-def test_a_text_a_token_or_two_over_the_limit_is_taken_as_cut(ours, tmp_path):
+def test_a_text_one_or_two_tokens_over_the_limit_is_cut(ours, tmp_path):
     table, prompts, rollouts = ours
     row = rollouts.to_pylist()[0]
     limit, asked = SAMPLING.max_new_tokens, prompts[row["prompt_id"]]["messages"][-1]["content"]

@@ -140,7 +140,7 @@ def test_seconds_are_counted_by_hand():
     assert plan.seconds(TRAIN, POOL, SPEEDS, LIMITS) == pytest.approx(5 + 30 * 0.25 + 3 * 2 + 0.5)
 
 
-def test_scoring_costs_what_it_reads_and_what_it_multiplies():
+def test_the_cost_of_scoring_is_its_reads_and_products():
     score = Work("scores@1", "scores", 1, prompts=2_000_000, products=300)
     numbers = 1_000_000 * LIMITS.k  # half of the prompts have a gradient
     expected = (
@@ -193,7 +193,7 @@ def test_peak_memory_is_the_largest_so_far_unless_steps_have_processes():
     assert [e.peak_memory_bytes for e in apart] == [216, 900, 396]
 
 
-def test_what_is_there_costs_nothing_and_sums_add_up():
+def test_existing_artifacts_cost_nothing_and_sums_add_up():
     cached = Work(**{**vars(COLLECT), "origin": "cached"})
     steps = plan.estimate([cached, PASS, TRAIN], ASSUMED, SPEEDS, LIMITS)
     assert (steps[0].seconds, steps[0].tokens_generated, steps[0].disk_bytes) == (0.0, 0.0, 0.0)
@@ -290,7 +290,7 @@ def test_tokens_are_near_those_of_the_run(both):
         assert steps[slot]["tokens_generated"] == pytest.approx(actual, rel=0.25)
 
 
-def test_what_is_there_is_listed_as_cached(both):
+def test_existing_artifacts_are_listed_as_cached(both):
     _, _, _, after = both
     assert {step["origin"] for step in after["steps"]} == {"cached"}
     assert after["calibration"] is None
@@ -311,7 +311,7 @@ def test_only_what_changes_is_computed(both, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pool_without_gradients_is_said(tmp_path):
+def test_a_pool_without_gradients_is_reported(tmp_path):
     data = {"pool": tiny.world(noise=24), "validation": {"goal": tiny.world(reverse=8)}, "test": {}}
     config = tiny.Config.model_validate(settings(data=data))
     result = planned(tmp_path / "p", config, tmp_path / "root")

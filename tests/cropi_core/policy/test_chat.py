@@ -135,7 +135,7 @@ def test_a_template_inside_the_tokenizers_configuration_is_read_and_replaced(che
         ({"template": "{{ messages.__class__.__mro__ }}{{ x }}"}, "cannot render|loses"),
     ],
 )
-def test_templates_that_do_not_work_are_told_before_anything_runs(checkpoint, tmp_path, settings, word):
+def test_templates_that_fail_are_reported_before_anything_runs(checkpoint, tmp_path, settings, word):
     with pytest.raises(PolicyError, match=word):
         copied(checkpoint, tmp_path / "a", **settings)
 
@@ -150,7 +150,7 @@ def test_a_file_is_read_by_content(tmp_path):
         chosen(template=str(tmp_path / "big.jinja"))
 
 
-def test_the_section_says_something_and_leaves_to_the_run_what_is_its_own():
+def test_the_section_describes_the_choice_and_leaves_the_rest_to_the_run():
     with pytest.raises(ValidationError, match="needs a template"):
         Chat()
     with pytest.raises(ValidationError, match="messages"):

@@ -94,7 +94,7 @@ def test_weights_of_another_shape_are_named(checkpoint, tmp_path):
     refused(checkpoint, tmp_path, rf"{name} has the shape \[15, 32\], .*\[16, 32\]", load=False)
 
 
-def test_weights_of_an_adapter_are_not_left_out_in_silence(checkpoint):
+def test_weights_of_an_adapter_are_not_ignored_silently(checkpoint):
     path = checkpoint / "model.safetensors"
     layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file(load_file(path) | {layer: torch.zeros(2, 32)}, path, metadata={"format": "pt"})
@@ -117,7 +117,7 @@ def test_truncated_weights_are_refused(checkpoint, tmp_path, size):
         ("tokenizer_config.json", "[1]"),
     ],
 )
-def test_a_damaged_tokenizer_is_told_from_damaged_weights(checkpoint, tmp_path, name, content):
+def test_a_damaged_tokenizer_is_distinguished_from_damaged_weights(checkpoint, tmp_path, name, content):
     (checkpoint / name).write_text(content)
     refused(checkpoint, tmp_path, "its tokenizer cannot be used")
 
@@ -272,7 +272,7 @@ def table(path, **messages):
     return path
 
 
-def test_a_template_that_refuses_a_system_message_is_told_before_anything_is_sampled(checkpoint, tmp_path):
+def test_a_template_that_refuses_a_system_message_is_reported_before_sampling(checkpoint, tmp_path):
     (checkpoint / "chat_template.jinja").write_text(NO_SYSTEM)
     copy_checkpoint(checkpoint, tmp_path / "copy")  # a question alone is rendered
     sets = {

@@ -91,7 +91,7 @@ def test_a_generation_configuration_that_would_be_ignored_is_refused(checkpoint)
         checkpoint_files(checkpoint)
 
 
-def test_an_adapter_beside_the_weights_is_refused(checkpoint):
+def test_an_adapter_next_to_the_weights_is_refused(checkpoint):
     (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     with pytest.raises(PolicyError, match="adapter"):
         checkpoint_files(checkpoint)

@@ -52,7 +52,7 @@ def test_steps_with_a_break_are_those_without(tmp_path: Path, foreach: bool):
         assert torch.equal(value, broken.state_dict()[name]), name
 
 
-def test_a_stage_goes_on_with_the_state_of_the_one_before_through_a_stop(workspace: Path, monkeypatch):
+def test_a_stage_continues_the_optimizer_state_of_the_previous_one_after_a_stop(workspace: Path, monkeypatch):
     """Stage 1 has no state to continue, stage 2 has; an interrupted stage 2 has the same bytes."""
     _, fresh = run(workspace, "fresh")
     summary, first = run(workspace, "first", training=CARRIED)

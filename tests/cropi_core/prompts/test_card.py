@@ -49,7 +49,7 @@ def test_it_says_what_went_in_and_what_was_left_out(tmp_path):
     assert manifest.settings["source"]["path"].startswith("sha256:")
 
 
-def test_what_a_dataset_says_is_no_markup(tmp_path):
+def test_text_of_a_dataset_is_not_markup(tmp_path):
     evil = "`<script>alert(1)</script>| a |\n# x"
     rows = [{"question": "q", "answer": "1", "kind": evil}]
     _, manifest = made(tmp_path, rows, columns={"level": "kind"}, system=evil)

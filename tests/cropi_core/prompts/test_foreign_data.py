@@ -101,7 +101,7 @@ def test_a_prompt_is_read_in_each_form_that_people_store_it_in(prompt, turns, tm
         ([{"from": "human", "value": "p"}, {"from": "gpt", "value": "a"}], ["assistant"]),
     ],
 )
-def test_a_prompt_that_cannot_be_told_is_refused_by_row(prompt, words, tmp_path):
+def test_an_ambiguous_prompt_is_refused_by_row(prompt, words, tmp_path):
     with pytest.raises(DataError) as error:
         asked(prompt, tmp_path)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -176,7 +176,7 @@ def test_boxes_are_found_as_tex_and_math_write_them(tmp_path):
     assert dropped["kept_with_the_last_of_several_boxes"] == 1
 
 
-def test_a_bad_row_costs_itself_where_that_is_asked_for(tmp_path):
+def test_a_bad_row_is_dropped_on_request(tmp_path):
     rows = [
         {"prompt": "a", "answer": "1"},
         {"prompt": "", "answer": "1"},
@@ -210,7 +210,7 @@ def test_a_bad_row_costs_itself_where_that_is_asked_for(tmp_path):
         load(jsonl(tmp_path / "n.jsonl", rows[1:7]), on_bad_rows="drop")
 
 
-def test_bad_rows_of_our_own_format_are_dropped_on_request(tmp_path):
+def test_bad_rows_of_the_native_format_are_dropped_on_request(tmp_path):
     good = {
         "prompt_id": "a",
         "source": "s",
@@ -303,7 +303,7 @@ def test_repeated_rows_are_counted_as_when_each_is_read(tmp_path):
     assert one[1] == {"duplicates": 493, "duplicates_with_another_answer": 248}
 
 
-def test_a_value_that_python_cannot_hold_costs_its_row(tmp_path):
+def test_a_value_that_python_cannot_represent_drops_its_row(tmp_path):
     late = pa.array([0, 2**60], pa.timestamp("ms"))
     pq.write_table(
         pa.table({"prompt": ["a", "b"], "answer": ["1", "2"], "when": late}), tmp_path / "p.parquet"

@@ -42,7 +42,7 @@ RANKED = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prompts_come_back_whole_in_their_order_from_every_format(tmp_path, layout):
+def test_prompts_survive_every_format_in_their_order(tmp_path, layout):
     files = write_format(RANKED, tmp_path / "out", layout)
     assert tmp_path / "out" / LAYOUTS[layout].file in files
     assert read_format(tmp_path / "out", layout) == ROWS

@@ -158,7 +158,7 @@ def test_a_flattened_table_has_the_path_for_a_name(tmp_path):
     assert (rows[0]["answer"], rows[0]["tags"]) == ("1", ["index=7"])
 
 
-def test_what_is_said_goes_before_the_preset(tmp_path):
+def test_explicit_settings_override_the_preset(tmp_path):
     row = {"question": "q", "gold": "7", "hard": 3}
     rows, _ = load(
         write(tmp_path / "a.jsonl", [row]),
@@ -173,7 +173,7 @@ def test_what_is_said_goes_before_the_preset(tmp_path):
     assert TableSource(kind="hub", path="my/copy", preset="gsm8k").subset is None
 
 
-def test_a_preset_that_does_not_hold_says_which_columns_are_missing(tmp_path):
+def test_a_preset_that_does_not_fit_lists_the_missing_columns(tmp_path):
     with pytest.raises(DataError) as raised:
         load(write(tmp_path / "a.jsonl", [verl_row(1)]), preset="trl")
     said = str(raised.value)

@@ -54,7 +54,7 @@ def fault(raised, *words):
         assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
 
 
-def test_a_table_in_our_format_is_taken_as_it_is_from_either_file_format(tmp_path):
+def test_a_table_in_the_native_format_is_read_unchanged_from_both_file_formats(tmp_path):
     rows = [prompt(1), prompt(2, level="hard", tags=["a"])]
     jsonl, _ = load_source(source(write_jsonl(tmp_path / "a.jsonl", rows)), "pool", None)
     full = [{"level": None, "tags": [], **row} for row in rows]
@@ -210,7 +210,9 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(12)), seed=st.integers(0, 5), cut=st.integers(1, 11))
-def test_draws_are_disjoint_whole_and_blind_to_the_order_of_the_file(tmp_path_factory, order, seed, cut):
+def test_draws_are_disjoint_complete_and_independent_of_the_order_of_the_file(
+    tmp_path_factory, order, seed, cut
+):
     rows = questions(12)
     path = write_jsonl(tmp_path_factory.mktemp("draw") / "q.jsonl", [rows[i] for i in order])
     head, _ = load_source(foreign(path, limit=cut, sample_seed=seed), "pool", None)
@@ -226,7 +228,7 @@ def test_draws_are_disjoint_whole_and_blind_to_the_order_of_the_file(tmp_path_fa
     assert len({*ids, *tail["prompt_id"].to_pylist()}) == 12
 
 
-def test_equal_tables_are_equal_bytes_and_nothing_else_is_left_beside_them(tmp_path):
+def test_equal_tables_are_equal_bytes_without_leftover_files(tmp_path):
     table, _ = load_source(foreign(write_jsonl(tmp_path / "q.jsonl", questions(9))), "pool", None)
     chunked = pa.concat_tables([table.slice(0, 4), table.slice(4)]).replace_schema_metadata({"a": "b"})
     write_prompts(table, tmp_path / "out" / "a.parquet")
@@ -269,7 +271,7 @@ def test_sets_that_share_a_prompt_are_named_with_its_ids(tmp_path):
     check_disjoint({"math": paths["math"], "held_out": paths["held_out"] / "prompts.parquet"})
 
 
-def test_a_hub_dataset_that_cannot_be_had_says_what_to_do(monkeypatch):
+def test_an_unavailable_hub_dataset_is_refused_with_advice(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as raised:

@@ -17,7 +17,7 @@ def read(address: str) -> list[list[str]]:
     return list(csv.reader(io.StringIO(base64.b64decode(encoded).decode())))
 
 
-def test_a_file_holds_every_value_and_a_hole_where_there_is_none():
+def test_a_file_has_every_value_and_an_empty_cell_where_there_is_none():
     trained = [
         Trained(1, {}, 0, [1, 2], {"kl": [0.1, None]}),
         Trained(2, {}, 0, [3], {"kl": [0.30000000000000004]}),

@@ -272,7 +272,9 @@ def test_the_panel_shows_what_was_measured_against_which_limit_and_what_was_done
 # -- untrusted content ---------------------------------------------------------------------------------------
 
 
-def test_the_selected_stand_beside_the_pool(store: Store, finished: RunRecord, page: str) -> None:
+def test_the_selected_prompts_are_shown_next_to_the_pool(
+    store: Store, finished: RunRecord, page: str
+) -> None:
     found = read_chosen(store, finished.run)
     table = page[page.index('id="compared"') :]
     for name, label in (("entropy", "entropy of a token, nats"), ("difficulty", "1 − pass rate of the base")):

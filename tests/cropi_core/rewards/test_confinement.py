@@ -142,7 +142,7 @@ def test_what_is_allowed_works(tmp_path: Path):
     assert done >= FILES | MODES | SOCKETS | {"reads the parent"}
 
 
-def test_what_is_active_is_said_in_full():
+def test_the_active_confinement_is_described_completely():
     both = described(Limits(), ["Landlock 7", "seccomp"], [])
     assert both == "no network, no writable files (seccomp, Landlock 7)"
     lacks = described(Limits(), ["seccomp"], ["Landlock: Function not implemented"])
@@ -157,7 +157,7 @@ def test_what_is_active_is_said_in_full():
     assert described(Limits(), [], ["a", "b"]).startswith("no limits on network and files; not available")
 
 
-def test_a_system_without_these_mechanisms_is_not_taken_for_confined(monkeypatch: pytest.MonkeyPatch):
+def test_a_system_without_these_mechanisms_is_not_reported_as_confined(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert confine(Limits()).startswith("no limits on network and files: darwin")
 
@@ -277,7 +277,7 @@ def test_no_function_writes_a_file_of_any_size(functions: dict[str, str]):
         assert verifier.grade("exact", "a", "a").reward == 1.0
 
 
-def test_the_operators_words_are_known_ones(monkeypatch: pytest.MonkeyPatch):
+def test_the_operators_settings_are_checked(monkeypatch: pytest.MonkeyPatch):
     assert functions_limits() == Limits()
     monkeypatch.setenv(MAY, "files")
     assert functions_limits() == Limits(files=True)

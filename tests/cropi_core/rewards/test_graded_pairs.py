@@ -86,7 +86,7 @@ def test_ordinary_powers_and_factorials_are_not_too_costly(fine: str):
         ("<answer>4</answer>", "4"),
     ],
 )
-def test_where_the_final_answer_stands(text: str, claim: str | None):
+def test_the_final_answer_is_located(text: str, claim: str | None):
     assert final_answer(text) == claim
 
 
@@ -136,5 +136,5 @@ def test_only_texts_that_may_need_much_memory_are_traced(text: str, traced: bool
 
 @pytest.mark.parametrize("before", [0, 50, 530, 560, 590, 596, 599, 700])
 @pytest.mark.parametrize("number", ["1,234,567", "3 1/2", "-\\frac{3}{4}", "12.5"])
-def test_the_last_number_of_a_long_text_is_whole_wherever_the_searched_part_begins(before: int, number: str):
+def test_the_last_number_of_a_long_text_is_complete_for_any_start_of_the_search(before: int, number: str):
     assert numeric("word " * 200 + number + " x" * (before // 2), number) == 1.0

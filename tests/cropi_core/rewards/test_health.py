@@ -8,7 +8,7 @@ def graded(rewards, samples: int = 4):
     return [("own", f"p{i // samples}", reward) for i, reward in enumerate(rewards)]
 
 
-def test_rewards_that_look_broken_are_told_once_a_verifier():
+def test_rewards_that_look_broken_are_reported_once_per_verifier():
     assert "none of the first 64" in verifier_warnings(graded([None] * 64))[0]
     assert "40 of the first 64" in verifier_warnings(graded([None] * 40 + [0.0, 1.0] * 12))[0]
     assert "reward 0: either the policy" in verifier_warnings(graded([0.0] * 128))[0]

@@ -81,7 +81,7 @@ def test_the_server_may_say_that_something_is_not_gradable(server):
     assert grades == [Grade(None, "no rubric"), Grade(None, "the server gave no reward")]
 
 
-def test_a_busy_server_is_asked_again(server):
+def test_a_busy_server_is_retried(server):
     with verifier(server) as one:
         assert one.grade_many([("judge", f"busy {i}", "") for i in range(5)]) == [Grade(0.75, "")] * 5
     assert len(server.seen) == 15
@@ -117,7 +117,7 @@ def test_requests_go_side_by_side_up_to_the_limit(server):
     assert server.most == 4
 
 
-def test_secrets_come_from_the_environment_and_show_nowhere(server, monkeypatch):
+def test_secrets_come_from_the_environment_and_are_not_shown(server, monkeypatch):
     monkeypatch.setenv("JUDGE_TOKEN", "Bearer s3cret")
     monkeypatch.setenv("BROKEN", "s3cret\r\nX: y")
     headers = {"Authorization": "JUDGE_TOKEN"}

@@ -106,7 +106,7 @@ def functions(file: Path, *names: str) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REASONS)
-def test_a_hostile_function_costs_its_own_item(file: Path, name: str):
+def test_a_hostile_function_affects_only_its_own_item(file: Path, name: str):
     items = [
         ("partial", "ab", "ab"),
         (name, "x", ""),
@@ -192,7 +192,7 @@ def test_a_function_that_changes_while_it_grades_stops_the_grading(
             verifier.grade("mine", "c", "")
 
 
-def test_a_function_that_cannot_be_loaded_is_told_before_anything_is_graded(tmp_path: Path):
+def test_a_function_that_cannot_be_loaded_is_reported_before_grading(tmp_path: Path):
     cases = {
         "import no_such_thing\n": "ModuleNotFoundError",
         "raise SystemExit(3)\n": "SystemExit: 3",
@@ -395,7 +395,7 @@ def test_a_step_refuses_a_function_that_is_not_the_one_of_its_key(file: Path):
 WORLD = {"kind": "world", "families": {"sort": 4}}
 
 
-def test_names_that_cannot_be_are_refused_together(file: Path):
+def test_invalid_names_are_refused_together(file: Path):
     with pytest.raises(
         ValidationError, match=r"'math'\], which are built in.*'a'\], which functions names too"
     ):
@@ -416,7 +416,7 @@ def test_names_that_cannot_be_are_refused_together(file: Path):
     assert Config.model_validate_json(made.model_dump_json()) == made
 
 
-def test_the_prompt_is_no_part_of_what_a_function_is_known_by(file: Path):
+def test_the_prompt_is_not_part_of_the_cache_key_of_a_function(file: Path):
     with Verifier(functions=functions(file, "partial"), cache=GradeCache()) as verifier:
         one, two = (Item("partial", "a", "a", [{"role": "user", "content": text}]) for text in "xy")
         verifier.grade_many([one, two])

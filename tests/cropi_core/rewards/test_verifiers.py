@@ -130,7 +130,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "reason"), HOSTILE)
-def test_a_hostile_item_costs_only_itself(name: str, reason: str):
+def test_a_hostile_item_affects_only_itself(name: str, reason: str):
     items = [("exact", str(i), str(i // 2 * 2)) for i in range(200)]
     for i in (0, 77, 78, 199):
         items[i] = (name, f"18 of {i}", "18")
@@ -143,7 +143,7 @@ def test_a_hostile_item_costs_only_itself(name: str, reason: str):
         assert grade == expected, i
 
 
-def test_memory_that_an_earlier_item_kept_is_not_held_against_the_next():
+def test_memory_kept_by_an_earlier_item_does_not_count_for_the_next():
     with Verifier(memory_mb=512, functions=FUNCTIONS) as verifier:
         grades = verifier.grade_many([("hoards", "", ""), ("needs_room", "", ""), ("exact", "a", "a")])
     assert [grade.reward for grade in grades] == [1.0, 1.0, 1.0]

@@ -48,7 +48,7 @@ def status(rollouts, out):
     return GradientStore.open(out).column("status")
 
 
-def test_one_impossible_log_probability_costs_its_own_prompt(tmp_path):
+def test_an_impossible_log_probability_affects_only_its_own_prompt(tmp_path):
     found = status(
         write(tmp_path / "r.parquet", behavior_logprobs=[-3.0, -9999.0, -3.0]), tmp_path / "g.zarr"
     )

@@ -90,7 +90,9 @@ def test_completions_are_the_first_of_a_plain_collection(prompts, in_passes, tmp
     assert not out.with_name("r.passes").exists()
 
 
-def test_an_interruption_costs_one_part_and_changes_no_byte(prompts, in_passes, tmp_path, monkeypatch):
+def test_an_interruption_loses_at_most_one_part_and_changes_no_byte(
+    prompts, in_passes, tmp_path, monkeypatch
+):
     """Stop after every part in turn, those of the later passes included."""
     out, _ = in_passes
     written = collect.write_parquet

@@ -114,7 +114,7 @@ def model():
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.4, 0.8)])
-def test_logprobs_are_those_of_our_own_forward(attach, prompts, tmp_path, model, temperature, top_p):
+def test_logprobs_equal_those_of_a_forward_pass(attach, prompts, tmp_path, model, temperature, top_p):
     """For every token, not a sample: a mean error of 1e-5 per token, at T ≠ 1 and with top-p."""
     sampling = Sampling(samples=4, max_new_tokens=12, temperature=temperature, top_p=top_p)
     summary = run(tmp_path / "r", prompts, attach(), sampling=sampling)
@@ -235,7 +235,7 @@ def test_a_context_that_is_too_short_is_refused(attach, prompts, tmp_path):
         run(tmp_path / "r", prompts, attach(), policy=policy, sampling=Sampling(max_new_tokens=100))
 
 
-def test_a_wrong_key_and_no_server_are_said(attach, prompts, tmp_path, monkeypatch):
+def test_a_wrong_key_and_a_missing_server_are_reported(attach, prompts, tmp_path, monkeypatch):
     settings = attach()
     monkeypatch.setenv("CROPI_VLLM_API_KEY", "other")
     with pytest.raises(ServerError, match="asks for a key: export CROPI_VLLM_API_KEY"):
@@ -254,7 +254,7 @@ def test_a_limit_that_is_passed_warns_or_stops(attach, prompts, tmp_path):
 # -- started servers and their end ------------------------------------------------------------------------------
 
 
-def test_a_dead_server_is_taken_out(servers, prompts, tmp_path, monkeypatch):
+def test_a_dead_server_is_removed(servers, prompts, tmp_path, monkeypatch):
     """Of two servers one is killed after the first shard: the other continues, with the results that it gives alone."""
     good = servers["good"]
     monkeypatch.setenv("CROPI_VLLM_API_KEY", good.key)
@@ -273,7 +273,7 @@ def test_a_dead_server_is_taken_out(servers, prompts, tmp_path, monkeypatch):
     same(tmp_path / "whole", tmp_path / "both")
 
 
-def test_started_servers_that_die_are_told_with_their_logs(attach, many, tmp_path):
+def test_started_servers_that_die_are_reported_with_their_logs(attach, many, tmp_path):
     """Complete parts are kept; the error names server, status, log and what to do; the next call resumes."""
     require_vllm()
     mark = f"CROPI_TEST={tmp_path}"

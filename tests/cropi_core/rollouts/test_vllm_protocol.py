@@ -84,7 +84,7 @@ def test_samples_are_put_in_their_order():
         (answer(GOOD[0], choice(0, [3], reason="length")), "max_model_len is too small"),
     ],
 )
-def test_an_answer_that_does_not_fit_is_not_believed(raw, said):
+def test_an_answer_that_does_not_fit_is_refused(raw, said):
     with pytest.raises(ValueError, match=said.replace("[", r"\[")):
         completions_of(raw, JOB, TWO, WORDS)
 
@@ -158,7 +158,7 @@ def ask_all(jobs, *peers, **settings):
 JOBS = [Job(i, f"p{i}", JOB.prompt, i) for i in range(12)]
 
 
-def test_a_busy_server_is_asked_again():
+def test_a_busy_server_is_retried():
     with Peer(200, answer(*GOOD), fails=5) as peer:
         assert ask_all(JOBS, peer, retries=6).keys() == set(range(12))
         assert peer.asked == 17
@@ -171,7 +171,7 @@ def test_a_request_that_always_fails_is_named_and_spares_the_servers():
         assert peer.asked <= 3 * len(JOBS)
 
 
-def test_a_sick_server_is_left_out_and_the_rest_go_on():
+def test_a_failing_server_is_removed_and_the_others_continue():
     with Peer(503, b"", health=503) as sick, Peer(200, answer(*GOOD)) as well:
         assert ask_all(JOBS, sick, well).keys() == set(range(12))
         assert sick.asked <= 3  # no further requests after it was found to be faulty
@@ -297,7 +297,7 @@ def test_a_server_gets_what_the_logprobs_need(tmp_path):
     assert "--no-enable-chunked-prefill" in command_line("p", tmp_path, Vllm(), "float32", 64, cpu=True)
 
 
-def test_an_eager_server_on_a_cpu_compiles_nothing_unless_it_is_told_to(monkeypatch):
+def test_an_eager_server_on_a_cpu_compiles_nothing_by_default(monkeypatch):
     name = "TORCH_COMPILE_DISABLE"
     monkeypatch.delenv(name, raising=False)
     eager = Vllm(arguments=["--enforce-eager"])
@@ -308,7 +308,7 @@ def test_an_eager_server_on_a_cpu_compiles_nothing_unless_it_is_told_to(monkeypa
     assert environment_of(told, 0, cpu=True)[name] == "0"
 
 
-def test_an_interpreter_is_found_or_said_to_be_missing(monkeypatch):
+def test_an_interpreter_is_found_or_reported_as_missing(monkeypatch):
     monkeypatch.delenv("CROPI_VLLM_PYTHON", raising=False)
     assert str(find_interpreter(sys.executable)) == sys.executable
     with pytest.raises(ConfigError, match=r"runtime.vllm.python=/no/such is not an executable file"):
@@ -344,7 +344,7 @@ def test_an_import_is_remembered_until_a_package_changes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.3, 0.8)])
-def test_our_own_sampler_is_at_no_distance(temperature, top_p):
+def test_cropis_sampler_has_no_distance(temperature, top_p):
     model, tokenizer = tiny_model()
     prompts = [("a", [1, 5, 6, 7]), ("b", [1, 9])]
     sampling = Sampling(samples=5, temperature=temperature, top_p=top_p, max_new_tokens=10)
@@ -359,7 +359,7 @@ def test_our_own_sampler_is_at_no_distance(temperature, top_p):
     assert found + Parity() == found
 
 
-def test_a_token_beside_the_nucleus_is_told_and_gets_a_finite_number():
+def test_a_token_outside_the_nucleus_is_reported_and_gets_a_finite_number():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     kept = [truncated_logprobs(logits, torch.tensor([i]), 1.0, 0.75) for i in range(3)]
     assert [bool(k) for _, k in kept] == [True, True, False]

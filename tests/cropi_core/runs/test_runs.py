@@ -83,7 +83,7 @@ def test_lineage_is_walked_both_ways_each_artifact_once(chain):
             assert above == (one.key in keys(descendants(store, other.key)))
 
 
-def test_what_a_run_or_a_tag_needs_is_kept_with_all_it_was_made_from(chain):
+def test_artifacts_of_a_run_or_a_tag_are_kept_with_their_inputs(chain):
     store, made = chain
     assert set(unnamed(store)) == {ref.key for ref in made.values()}
     store.tag("mine", made["rollouts"].key)
@@ -130,7 +130,7 @@ def test_the_same_configuration_is_the_same_run_whatever_it_runs_on():
 
 
 @pytest.mark.parametrize("name", ["none", "../tags", "/etc/passwd", ""])
-def test_a_run_that_is_not_there_lists_those_that_are(chain, name):
+def test_a_missing_run_lists_the_existing_ones(chain, name):
     store, _ = chain
     save_run(store, new_run(config(name="mine")))
     with pytest.raises(ArtifactError, match="there are: mine-"):

@@ -64,7 +64,7 @@ def cropi(*arguments, code=0):
     return done.stdout
 
 
-def test_the_space_of_a_run_is_that_of_its_lineage_and_what_it_has_alone(store, shared):
+def test_the_space_of_a_run_covers_its_lineage_and_its_exclusive_part(store, shared):
     good, bad, _, scores = shared
     spaces = {space.run: space for space in run_spaces(store)}
     assert (spaces[good.run].kinds, spaces[good.run].alone) == ({"prompts": 1000}, 0)

@@ -116,7 +116,7 @@ def test_nearest_is_the_mean_of_the_largest_similarities_to_single_prompts(
         assert summary["sets"][name]["split_half_top_overlap"] is not None
 
 
-def test_a_dead_validation_prompt_is_near_to_nobody(tmp_path: Path, world):
+def test_a_dead_validation_prompt_is_nearest_to_no_prompt(tmp_path: Path, world):
     train, _, _, sets, _ = world
     alive = {"a": write_store(tmp_path / "alive.zarr", sets["a"][:4])}
     status = np.array([0, 0, 0, 0, 2, 1], dtype=np.uint8)
@@ -234,7 +234,7 @@ def test_rrf_by_hand():
     np.testing.assert_array_equal(rank, [2, 1, 3, 4])
 
 
-def test_rrf_of_the_released_code_lets_only_the_best_vote():
+def test_rrf_of_the_released_code_counts_only_the_best_votes():
     value, rank, votes = fuse(SMALL, Scores(fusion="rrf", rrf_k0=0, rrf_top=2), KEYS)
     np.testing.assert_array_equal(votes, [[1, 0], [2, 1], [0, 2], [0, 0]])
     np.testing.assert_allclose(value, [1, 1.5, 0.5, 0])
@@ -326,7 +326,7 @@ def test_a_target_does_not_depend_on_its_blocks(n: int, size: int, kind: str):
     np.testing.assert_allclose(target(parts, members, kind), whole, rtol=1e-12, atol=1e-15)
 
 
-def test_a_target_ignores_whoever_is_no_member():
+def test_a_target_ignores_prompts_that_are_not_members():
     rows = np.array([[1.0, 0.0], [np.nan, np.inf]], dtype=np.float32)
     got = target([(slice(0, 2), rows)], np.array([[True], [False]]), "mean")
     np.testing.assert_array_equal(got, [[1.0, 0.0]])
@@ -349,7 +349,7 @@ def test_features_of_different_making_are_not_compared(tmp_path: Path, changed: 
     assert not (tmp_path / "scores.parquet").exists()
 
 
-def test_a_store_that_does_not_say_what_it_is_is_not_compared(tmp_path: Path):
+def test_a_store_without_its_settings_is_not_compared(tmp_path: Path):
     store = GradientStore.create(
         tmp_path / "bare.zarr", ["x"], k=K, dtype="float32", rows_per_shard=1, attributes={}
     )

@@ -125,7 +125,7 @@ def test_influence_takes_the_best_tenth_of_the_pool_and_not_of_the_living(tmp_pa
     assert summary["pass_rate"]["selected"] == [0] * 9 + [2]
 
 
-def test_too_few_eligible_prompts_are_all_taken_and_the_shortage_is_told(tmp_path: Path):
+def test_too_few_eligible_prompts_are_all_selected_and_the_shortage_is_reported(tmp_path: Path):
     scores = write_scores(tmp_path / "s.parquet", dead=17)
     _, chosen, summary = run(tmp_path, scores=scores, ratio=0.5)
     assert chosen == ["t-17", "t-18", "t-19"]

@@ -62,7 +62,7 @@ def curves_of(plan, store):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_every_shipped_study_is_whole(path):
+def test_every_shipped_study_is_complete(path):
     plan = load_study(str(path))
     made = cells(plan)
     assert len(made) == len(plan.seeds) * len(plan.worlds) * len(plan.arms)
@@ -102,7 +102,7 @@ def written(path, **changes):
         ({"bootstrap": {"draws": 3}}, "bootstrap.draws"),
     ],
 )
-def test_a_wrong_study_is_told_with_what_was_meant(tmp_path, changes, said):
+def test_a_wrong_study_is_reported_with_a_suggestion(tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
         load_study(written(tmp_path / "s.yaml", **changes))
 
@@ -113,7 +113,7 @@ def test_a_study_of_curricula_that_evaluate_nothing_is_refused(tmp_path):
         cells(plan)
 
 
-def test_every_wrong_arm_and_world_is_told_at_once_with_its_place(tmp_path):
+def test_all_wrong_arms_and_worlds_are_reported_together(tmp_path):
     arms = {
         "full": {"settings": {"selection.strateg": "full"}},
         "cropi": {"settings": {"training.steps": 0}},
@@ -129,12 +129,12 @@ def test_every_wrong_arm_and_world_is_told_at_once_with_its_place(tmp_path):
         cells(load_study(written(tmp_path / "s.yaml", arms=arms, worlds={"one": worlds["one"]})))
 
 
-def test_an_unknown_study_is_told_with_those_there_are():
+def test_an_unknown_study_is_reported_with_the_existing_ones():
     with pytest.raises(ConfigError, match="did you mean demo"):
         load_study("demos")
 
 
-def test_seeds_come_whole_and_the_reference_first():
+def test_seeds_are_complete_and_the_reference_is_first():
     plan = study(seeds=[3, 1], worlds={"a": {"targets": ["other"]}, "b": {"targets": ["held_out"]}})
     made = cells(plan, ["stages=1"])
     assert [cell.seed for cell in made] == [3] * 6 + [1] * 6
@@ -168,7 +168,7 @@ def test_the_ceiling_trains_on_prompts_of_the_pool(tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_of_the_first_stage_serve_all_where_they_are_asked_to(ran):
+def test_scores_of_the_first_stage_serve_all_stages_on_request(ran):
     plan, store = ran
     records = {c.arm: load_run(store, run_id(c.config)) for c in cells(plan)}
     once, each = records["once"], records["cropi"]
@@ -321,7 +321,7 @@ def test_one_seed_has_no_interval():
     assert headline(plan, [row])["ci95_low"] is None
 
 
-def test_an_arm_that_is_ahead_is_ahead_by_what_it_says():
+def test_an_arm_is_ahead_by_the_reported_difference():
     plan = study()
     found = [made_up("full", [0.4, 0.5]), made_up("cropi", [0.4, 0.6]), made_up("once", [0.4, 0.6])]
     rows = {r.arm: r for r in compare(plan, found)}
@@ -363,7 +363,7 @@ def test_an_arm_that_trains_longer_is_shown_to_its_end_and_compared_where_both_w
     assert [line[-1] for line in lines] == ["80.0 %", "–"]
 
 
-def test_worlds_come_together_in_a_last_row():
+def test_worlds_are_combined_in_a_last_row():
     two = {"a": {"targets": ["held_out"]}, "b": {"targets": ["held_out"]}}
     plan = study(worlds=two)
     y = {"full": [0.4, 0.5, 0.6], "cropi": [0.4, 0.6, 0.6]}
@@ -379,7 +379,7 @@ def test_steps_shown_have_both_ends():
     assert tables.shown_steps([0, 20], 6) == [0, 20]
 
 
-def test_files_say_what_the_curves_say_and_nothing_in_them_acts(ran, tmp_path):
+def test_files_agree_with_the_curves_and_contain_nothing_executable(ran, tmp_path):
     plan, store = ran
     hostile = "<script>alert(1)</script> | {{ 7 * 7 }}"
     plan = plan.model_copy(update={"description": hostile})

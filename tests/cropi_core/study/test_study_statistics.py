@@ -61,7 +61,7 @@ def test_an_arm_that_is_the_reference_is_as_fast_as_it(curve):
     assert ratio(at, at) == 1
 
 
-def test_an_arm_that_never_comes_there_counts_as_the_worst_and_not_as_missing():
+def test_an_arm_that_never_reaches_the_level_counts_as_the_worst():
     assert ratio(60.0, math.inf) == 0
     assert median(np.array([3.0, 3.0, 0.0, 0.0, 0.0])) == 0
     assert median(np.array([3.0, 0.0])) == 0
@@ -75,7 +75,7 @@ def test_a_median_is_one_of_the_values_and_half_are_no_larger(values):
     assert sum(v >= found for v in values) * 2 >= len(values)
 
 
-def test_where_the_reference_does_not_rise_there_is_nothing_to_compare():
+def test_a_reference_that_does_not_improve_is_not_compared():
     assert reach([0, 20], [0.5, 0.4], 0.4) == 0
     assert ratio(0.0, 10.0) is None
     assert ratio(0.0, math.inf) is None
@@ -108,7 +108,7 @@ def test_seeds_are_drawn_within_their_world():
     assert bootstrap([[1.0] * 5, [9.0] * 5], mean, 500, 0) == (5.0, 5.0)
 
 
-def test_an_interval_covers_what_it_says():
+def test_an_interval_has_its_nominal_coverage():
     random = np.random.default_rng(0)
     covered = sum(
         low <= 2.0 <= high

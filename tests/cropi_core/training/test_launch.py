@@ -101,7 +101,7 @@ def test_an_adapter_over_two_processes(workspace: Path):
 
 
 @pytest.mark.extended
-def test_two_killed_processes_go_on_from_their_checkpoint_and_leave_nobody(workspace: Path):
+def test_two_killed_processes_resume_from_their_checkpoint_and_leave_no_process(workspace: Path):
     # More steps than can finish while the launcher is being stopped.
     longer = SMALL.model_copy(update={"steps": 60})
     _, whole = run(workspace, "whole", Launch(processes=2), training=longer)
@@ -128,7 +128,7 @@ run(Path({str(workspace)!r}), "killed", Launch(processes=2), training=SMALL.mode
     assert digest(whole / "checkpoint") == digest(killed / "checkpoint")
 
 
-def test_what_a_process_says_is_told_and_kept(workspace: Path):
+def test_the_output_of_a_process_is_shown_and_kept(workspace: Path):
     (workspace / "policy" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(
         TrainingError, match=r"2 training processes ended with exit 1: .*model\.safetensors|loaded"
@@ -139,7 +139,7 @@ def test_what_a_process_says_is_told_and_kept(workspace: Path):
     assert log.is_file()
 
 
-def test_no_configuration_of_the_account_has_a_say(tmp_path: Path):
+def test_the_accounts_configuration_is_not_used(tmp_path: Path):
     job = tmp_path / "job.json"
     command = command_line(Launch(processes=2), "cpu", "bfloat16", tmp_path, job)
     assert command[command.index("--config_file") + 1] == str(tmp_path / "accelerate.yaml")

@@ -136,7 +136,7 @@ def test_a_policy_without_an_adapter_cannot_be_gone_on_with(workspace: Path):
         run(workspace, base=workspace / "policy", training=stage(carry="adapter"))
 
 
-def test_layers_that_are_not_there_are_named(workspace: Path):
+def test_missing_layers_are_named(workspace: Path):
     with pytest.raises(ConfigError, match="nosuchlayer"):
         run(workspace, training=stage(targets=["nosuchlayer"]))
 

@@ -109,7 +109,7 @@ def test_metrics_leave_out_the_closing_entry_and_keep_unknown_rewards_null():
     }
 
 
-def test_a_checkpoint_without_marker_or_with_a_cut_file_is_not_whole(tmp_path: Path):
+def test_a_checkpoint_without_marker_or_with_a_cut_file_is_incomplete(tmp_path: Path):
     for step in (2, 10, 12, 14):
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()
@@ -290,7 +290,7 @@ def test_warmup_and_schedule_reach_the_optimizer(workspace: Path):
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e18])
-def test_a_stage_that_leaves_the_finite_numbers_stops_and_names_the_step(workspace: Path, rate):
+def test_a_stage_whose_numbers_are_not_finite_stops_and_names_the_step(workspace: Path, rate):
     with pytest.raises(TrainingError, match=r"step \d: .*not finite|step \d: .* is (nan|inf)"):
         run(workspace, training=SMALL.model_copy(update={"learning_rate": rate, "max_grad_norm": 1e9}))
 

@@ -101,12 +101,12 @@ def test_a_field_that_is_not_passed_on_is_refused_by_name(section, name, said):
         ({"runtime": {"trl": {"vllm_mode": "server"}}}, "set training.engine=vllm"),
     ],
 )
-def test_settings_that_contradict_one_another_are_told(changes, said):
+def test_contradictory_settings_are_reported(changes, said):
     with pytest.raises(ValidationError, match=said):
         config(**changes)
 
 
-def test_a_configuration_with_none_of_it_says_nothing_after_a_trip_through_json():
+def test_a_configuration_without_it_is_unchanged_by_json():
     assert Config.model_validate_json(config().model_dump_json()) == config()
 
 
@@ -130,7 +130,7 @@ def test_vllm_stops_where_a_turn_ends(tmp_path: Path):
     assert own.generation_kwargs is None
 
 
-def test_what_trl_refuses_is_told_with_the_names(tmp_path: Path):
+def test_settings_that_trl_refuses_are_reported_by_name(tmp_path: Path):
     runtime = Runtime.model_validate({"device": "cpu", "trl": {"tf32": True}})
     with pytest.raises(ConfigError, match=r"TRL refuses the settings of the stage \(tf32\)"):
         trainer_arguments(Training(), Objective(), "float32", 0, runtime, tmp_path, 1000)
