@@ -29,13 +29,25 @@ BATCH_ROWS = 256
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """Beginning of a file whose content Git LFS has left on its server."""
+PAGES = (b"<!doctype html", b"<html")
+"""Beginnings of a page that a server sent in place of a file, in lower case."""
+OTHER_CONTENT = (
+    (b"\xff\xfe", (), "is UTF-16; write it as UTF-8"),
+    (b"\xfe\xff", (), "is UTF-16; write it as UTF-8"),
+    (b"\x1f\x8b", (".gz",), "is compressed by gzip; give it the suffix .gz"),
+    (b"\x28\xb5\x2f\xfd", (".zst",), "is compressed by zstd; give it the suffix .zst"),
+    (b"PK\x03\x04", (), "is a ZIP archive; unpack it"),
+    (b"PAR1", (".parquet", ".pq"), "is a Parquet file; give it the suffix .parquet"),
+    (b"[", (".json", ".csv", ".tsv", ".gz", ".zst"), "holds a JSON list; give it the suffix .json"),
+)
+"""Beginning of a table's content, the suffixes that announce it, and what to do where the name announces another."""
 
 
 def refuse_pointer(path: Path, kind: type[CropiError] = DataError) -> None:
-    """Refuse a file of Git LFS that only names its content, which any reader would call damaged.
+    """Refuse a pointer of Git LFS and an HTML page in place of a file, which any reader would call damaged.
 
     Raises:
-        CropiError: Of the class ``kind``: the file is a pointer.
+        CropiError: Of the class ``kind``: the file is one of the two.
     """
     with foreign_errors(f"{path} cannot be read", kind), path.open("rb") as stream:
         beginning = stream.read(len(POINTER))
@@ -44,6 +56,25 @@ def refuse_pointer(path: Path, kind: type[CropiError] = DataError) -> None:
             f"{path} is a pointer of Git LFS, not the file itself: it was cloned without its content. Run "
             "`git lfs pull` in that repository, or download the file again"
         )
+    if beginning.lower().startswith(PAGES):
+        raise kind(
+            f"{path} is an HTML page, not the file itself: a server sent a page, for example to log in. Download the "
+            "file again"
+        )
+
+
+def refuse_other_content(path: Path) -> None:
+    """Refuse a table whose content is of another kind than its name says.
+
+    Raises:
+        DataError: Says what the content is.
+    """
+    refuse_pointer(path)
+    with foreign_errors(f"{path} cannot be read"), path.open("rb") as stream:
+        beginning = stream.read(64)
+    for magic, suffixes, remedy in OTHER_CONTENT:
+        if beginning.startswith(magic) and path.suffix not in suffixes:
+            raise DataError(f"{path} {remedy}")
 
 
 def text_chunks(path: Path) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cropi_core.artifacts.bounded import MOST_TEXT, PACKED, read_table, refuse_pointer, text_chunks
+from cropi_core.artifacts.bounded import MOST_TEXT, PACKED, read_table, refuse_other_content, text_chunks
 from cropi_core.errors import ConfigError, DataError, foreign_errors, recorded_errors
 
 JSONL = (".jsonl", ".ndjson")
@@ -157,7 +157,7 @@ def table_format(path: Path) -> str:
         raise ConfigError(
             f"{path} is not a file; relative paths are taken from the current directory {Path.cwd()}"
         )
-    refuse_pointer(path)
+    refuse_other_content(path)
     return format_name
 
 
@@ -228,6 +228,11 @@ def read_csv(path: Path, faults: Faults | None = None) -> list[dict[str, Any]]:
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     try:
         header = next(reader, [])
+        if len(header) == 1 and (other := next((sign for sign in ";\t" if sign in header[0]), "")):
+            raise DataError(
+                f"{path}: the first line has no {delimiter!r} and separates its columns by {other!r}. Write the table "
+                "with commas, or with tabs as .tsv"
+            )
         if not header or not all(name.strip() for name in header) or len(set(header)) < len(header):
             raise DataError(f"{path}: the first line must name each column once, and is {header!r}"[:400])
         for number, values in enumerate(reader, 1):

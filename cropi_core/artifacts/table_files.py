@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ BATCH = 1 << 17
 """Rows per batch: enough to find repeated prompts; about 200 MB of Arrow memory at 1.5 kB per row."""
 SHARD = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})")
 """Name of a shard on the Hugging Face hub: `train-00000-of-00005`."""
+SPLITS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "eval"},
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+}
+"""Words in names of files that name a split."""
+MOST_COMPARED = 500
+"""Files of a table whose splits are compared."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ def table_files(path: Path) -> list[Path]:
             f"such as {'*' + files[0].suffix!r}"
         )
     _check_shards(path, files)
+    _check_splits(path, files)
     return files
 
 
@@ -122,6 +131,23 @@ def _check_shards(path: Path, files: list[Path]) -> None:
             raise ConfigError(
                 f"{path}: {name}-*-of-{total:05d} lacks shards {', '.join(map(str, missing[:5]))} of {total}"
             )
+
+
+def _check_splits(path: Path, files: list[Path]) -> None:
+    """Refuse files of several splits by their names or directories, such as ``train.jsonl`` and ``test.jsonl``."""
+    words = [re.split(r"[^a-z]+", _below(path, file).lower()) for file in files]
+    named = [{SPLITS[word] for word in one if word in SPLITS} for one in words]
+    if any(one and other and not one & other for one, other in combinations(named[:MOST_COMPARED], 2)):
+        raise ConfigError(
+            f"{path} holds files of several splits: {', '.join(sorted(set().union(*named)))}. Give one file, or a glob "
+            "for one split"
+        )
+
+
+def _below(path: Path, file: Path) -> str:
+    """Return the part of a file's path that the table's path does not fix."""
+    fixed = Path(*takewhile(lambda part: not any(sign in part for sign in "*?["), path.parts))
+    return file.relative_to(fixed).as_posix()
 
 
 def read_batches(

@@ -85,7 +85,9 @@ def chosen_columns(
             chosen[role] = existing[0]
         elif wanted:
             text = " or ".join(map(repr, wanted))
-            faults.add(f"column {text} (columns.{role}) is missing; there are {', '.join(names)}")
+            similar = [name for name in names if name.strip().lower() in {each.lower() for each in wanted}]
+            hint = f"; set columns.{role} to {similar[0]!r}" if similar else ""
+            faults.add(f"column {text} (columns.{role}) is missing; there are {', '.join(names)}{hint}")
     faults.check()
     return chosen
 

@@ -343,3 +343,43 @@ def test_an_address_that_is_misspelt_is_no_local_directory(root):
         is_address(root)
     assert is_address("s3://bucket/x")
     assert not is_address("data/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.parquet", b"<!DOCTYPE html><html></html>", "is an HTML page"),
+        ("a.jsonl", b"<html>\n<body>sign in</body>", "is an HTML page"),
+        ("a.jsonl", '{"prompt": "a?"}\n'.encode("utf-16"), "is UTF-16; write it as UTF-8"),
+        ("a.jsonl", gzip.compress(b"{}\n"), "is compressed by gzip; give it the suffix .gz"),
+        ("a.csv", b"PK\x03\x04and more", "is a ZIP archive"),
+        ("a.jsonl", b'[{"prompt": "a?", "answer": "1"}]', "holds a JSON list; give it the suffix .json"),
+        ("a.csv", b"prompt;answer\na?;1\n", "separates its columns by ';'"),
+        ("a.csv", b"Prompt,answer\na?,1\n", "set columns.prompt to 'Prompt'"),
+        ("a.csv", b"prompt, answer\na?,1\n", "set columns.answer to ' answer'"),
+    ],
+)
+def test_content_of_another_kind_than_the_name_says_is_refused_with_advice(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CropiError, match=words):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("train.jsonl", "test.jsonl"), True),
+        (("gsm8k_train.jsonl", "gsm8k-validation.jsonl"), True),
+        (("train_a.jsonl", "train_b.jsonl"), False),
+        (("algebra.jsonl", "geometry.jsonl"), False),
+        (("test_problems_train.jsonl", "more_train.jsonl"), False),
+    ],
+)
+def test_files_of_several_splits_are_not_mixed(names, refused, tmp_path):
+    for name in names:
+        jsonl(tmp_path / name, [{"prompt": f"What is {name}?", "answer": "7"}])
+    if refused:
+        with pytest.raises(ConfigError, match="several splits"):
+            load(tmp_path)
+    else:
+        assert len(load(tmp_path)[0]) == 2
