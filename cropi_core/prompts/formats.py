@@ -10,7 +10,7 @@ has the first one in the field that the format's own reward functions read, and 
 References, read in 2026-11:
     trl: the page *Dataset formats* of ``huggingface/trl``; its ``accuracy_reward`` reads ``solution``.
     verl: the page *Prepare Data for Post-Training* and ``verl/utils/dataset/rl_dataset.py`` of ``volcengine/verl``.
-    openrlhf: ``openrlhf/datasets/prompts_dataset.py``: ``--input_key``, ``--label_key``, ``datasource``.
+    openrlhf: ``openrlhf/datasets/prompts_dataset.py``: ``--data.input_key``, ``--data.label_key``, ``datasource``.
     verifiers: version 0.4.0, ``verifiers.v1.Taskset`` and ``TaskData.id``.
     nemo_gym: ``resources_servers/math_with_judge`` of ``NVIDIA-NeMo/Gym``: ``responses_create_params.input``,
         ``question``, ``expected_answer``.
