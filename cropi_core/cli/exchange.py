@@ -1,4 +1,4 @@
-"""``cropi artifacts import``, ``import-log`` and ``export``: copy files into the store and out of it."""
+"""``cropi artifacts import``, ``import-log``, ``export`` and ``push``: copy files into the store and out of it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,6 +8,7 @@ import typer
 from cropi_core.artifacts import Store
 from cropi_core.cli.output import DEFAULT_ROOT, AsJson, Key, Overrides, Root, print_json, progress_bar, say
 from cropi_core.errors import ConfigError
+from cropi_core.formatting import human_bytes
 from cropi_core.runs import resolve_key
 from data_schemas import ArtifactRef, PromptFormat
 
@@ -20,6 +21,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("import")(import_)
     app.command()(import_log)
     app.command()(export)
+    app.command()(push)
 
 
 def import_(
@@ -182,3 +184,41 @@ def export(
         print_json([str(path) for path in files])
     else:
         say(f"{len(files)} files in {out}")
+
+
+def push(
+    key: Key,
+    repo: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Repository; created if it does not exist.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create it public, or upload to one that is public.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Send nothing; list what would be sent.")
+    ] = False,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Pool of an imported selection: key, tag or RUN:slot."),
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a selection or prompts as a dataset, or a policy as a model, to a private repository of a hub.
+
+    The account is that of `hf auth login` or HF_TOKEN, the hub that of HF_ENDPOINT. No other command uploads anything.
+    """
+    from cropi_core.exporting import push_artifact
+
+    pushed = push_artifact(Store(root), key, repo, public=public, dry_run=dry_run, prompts=prompts)
+    if as_json:
+        print_json(vars(pushed))
+        return
+    for name, size in pushed.files.items():
+        say(f"{human_bytes(size):>10}  {name}")
+    visible = "private" if pushed.private else "PUBLIC"
+    if dry_run:
+        say(f"nothing was sent; without --dry-run: {visible} {pushed.kind} {pushed.repo}, if it is new")
+    else:
+        state = "created" if pushed.created else "updated"
+        say(f"{visible} {pushed.kind} {pushed.repo} {state}: {pushed.url}")

@@ -1,3 +1,5 @@
+from .push import Pushed as Pushed
+from .push import push_artifact as push_artifact
 from .select_only import Selected as Selected
 from .select_only import last_selection as last_selection
 from .select_only import select_prompts as select_prompts

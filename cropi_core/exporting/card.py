@@ -28,7 +28,6 @@ def selection_card(store: Store, manifest: Manifest, pool: Manifest, rows: Seque
         pool: The set that it selects from.
         rows: The exported prompts.
     """
-    lineage = ancestors(store, manifest.key)
     title = "Prompts selected by cropi" if manifest.kind == "selection" else "Prompts"
     parts = [_front_matter(len(rows)), f"# {title}", *_selected(manifest, rows)]
     if targets := list(_targets(store, manifest)):
@@ -37,15 +36,42 @@ def selection_card(store: Store, manifest: Manifest, pool: Manifest, rows: Seque
         parts += ["## Pass rates", *_pass_rates(rates, len(rows))]
     parts += ["## By source and level", _group_table(rows)]
     parts += ["## Decontamination", _decontamination(pool)]
-    listed = [[one.kind, code(one.key), code(one.digest), code(one.created)] for one in lineage]
-    parts += ["## Lineage", "Each artifact with the digest of its files (SHA-256)."]
-    parts += [markdown_table(["kind", "key", "digest", "made"], listed, most=None)]
+    parts += _lineage(store, manifest)
     parts += [
         "## Columns",
         COLUMNS,
         "The licence is that of the prompts' own dataset; cropi does not know it.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def policy_card(store: Store, manifest: Manifest) -> str:
+    """Write the card of a policy: how it was made, and from which artifacts."""
+    front = "\n".join(
+        ["---", "library_name: transformers", "tags:", "- cropi", "- reinforcement-learning", "---"]
+    )
+    steps = manifest.summary.get("steps")
+    trained = (
+        f" It was trained for {steps:,} optimizer steps in its last stage." if isinstance(steps, int) else ""
+    )
+    parts = [
+        front,
+        "# Policy trained by cropi",
+        f"Artifact {code(manifest.key)}.{trained}",
+        *_lineage(store, manifest),
+    ]
+    parts.append("The licence is that of the base model; cropi does not know it.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _lineage(store: Store, manifest: Manifest) -> list[str]:
+    """List every artifact that an artifact was made from, with its digest."""
+    listed = [
+        [one.kind, code(one.key), code(one.digest), code(one.created)]
+        for one in ancestors(store, manifest.key)
+    ]
+    table = markdown_table(["kind", "key", "digest", "made"], listed, most=None)
+    return ["## Lineage", "Each artifact with the digest of its files (SHA-256).", table]
 
 
 COLUMNS = (

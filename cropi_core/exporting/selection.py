@@ -50,7 +50,7 @@ def export_prompts(
         DataError: The selection names prompts that the pool does not have.
         SelectionError: It selects none.
     """
-    manifest = store.manifest(_sound(store, resolve_key(store, name)))
+    manifest = store.manifest(sound(store, resolve_key(store, name)))
     if manifest.kind not in ("selection", "prompts"):
         raise ConfigError(
             f"{manifest.key} is of kind {manifest.kind}; only a selection or a set of prompts has a format"
@@ -84,7 +84,7 @@ def selected_prompts(store: Store, manifest: Manifest, pool: Manifest) -> list[R
     ]
 
 
-def _sound(store: Store, key: str) -> str:
+def sound(store: Store, key: str) -> str:
     """Return the key of an artifact whose files are unchanged."""
     if faults := store.faults(key):
         raise ArtifactError(f"{key} is not exported, it is damaged: " + "; ".join(faults[:5]))
@@ -104,7 +104,7 @@ def _pool(store: Store, manifest: Manifest, prompts: str | None) -> Manifest:
         )
         raise ConfigError(f"selection {manifest.key} {fault}")
     key = resolve_key(store, prompts) if prompts is not None else ref.key if ref else ""
-    pool = store.manifest(_sound(store, key))
+    pool = store.manifest(sound(store, key))
     if pool.kind != "prompts":
         raise ConfigError(f"--prompts {prompts} is of kind {pool.kind}, not a set of prompts")
     return pool

