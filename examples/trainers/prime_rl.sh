@@ -2,8 +2,8 @@
 # prime-rl as the training step of a curriculum: training.engine: command, format: verifiers,
 # run: [sh, examples/trainers/prime_rl.sh].
 #
-# Options are those of prime-rl since d135ed4 (July 2026), which renamed its environments to sources (docs/configuration.md,
-# docs/training.md). Not run with prime-rl here; a test runs this script with a recorder in its place. PRIME_RL is the
+# Options are those of prime-rl since d135ed4 (July 2026), which renamed its environments to sources (its pages
+# Configuration and Training). Not run with prime-rl here; a test runs this script with a recorder in its place. PRIME_RL is the
 # checkout of prime-rl, with its environment; CONFIG adds your own settings to prime_rl.toml.
 #
 # * --ckpt writes the weights of the last step, which prime-rl does not do by default.
