@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cropi_core.analysis.columns import OK, in_order, open_gradients, selected_of
+from cropi_core.analysis.columns import MOST_BYTES, OK, in_order, open_gradients, selected_of
 from cropi_core.analysis.contrast import level_numbers
 from cropi_core.artifacts import BELIEF_FILE, ROLLOUTS, SELECTION_FILE
+from cropi_core.errors import ArtifactError, DataError
 from cropi_core.runs import Artifacts, read_pool
 from cropi_core.scores import cluster_means, clustered, sketched
 from cropi_core.selection import aligned, expected_rates, from_rollouts, read_belief, reward_sums
@@ -103,20 +104,32 @@ def believed_rates(artifacts: Artifacts, stage: int, ids: list[str]) -> np.ndarr
     belief = artifacts.path(f"policy@{stage - 1}", BELIEF_FILE)
     if belief is not None and belief.exists():
         return expected_rates(aligned(read_belief(belief), ids).cells)
+    unknown = np.full(len(ids), np.nan)
     slot = artifacts.latest("rollouts/pool", stage)
     path = artifacts.path(slot, ROLLOUTS) if slot else None
-    if path is None:
-        return np.full(len(ids), np.nan)
-    return expected_rates(from_rollouts(ids, *reward_sums(path, ids)).cells)
+    if slot is None or path is None:
+        return unknown
+    try:
+        return expected_rates(from_rollouts(ids, *reward_sums(path, ids)).cells)
+    except DataError as error:
+        artifacts.problem(slot, error)
+        return unknown
 
 
 def _clusters(artifacts: Artifacts, stage: int, ids: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Cluster the gradients of a stage; return the clusters of the pool and those of the validation prompts."""
+    """Cluster the gradients of a stage; return the clusters of the pool and those of the validation prompts.
+
+    None if the gradients are not on this machine, or take more than :data:`MOST_BYTES` to read.
+    """
     stores = []
     for name in ["pool", *sorted(artifacts.config.data.validation)]:
         slot = artifacts.latest(f"gradients/{name}", stage)
-        store = open_gradients(artifacts, slot, fetch=False) if slot else None
-        if store is None:
+        try:
+            store = open_gradients(artifacts, slot, fetch=False) if slot else None
+        except ArtifactError as error:
+            artifacts.problem(slot or name, error)
+            store = None
+        if store is None or 4 * store.n * store.k > MOST_BYTES:
             return None
         live = store.column("status") == OK
         parts = [sketched(block)[live[rows]] for rows, block in store.blocks()]

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from cropi_core.analysis import Levels, read_levels
 from cropi_core.artifacts import Store
 from cropi_core.prompts import data_card
 from cropi_core.report import plots, text
@@ -86,6 +87,12 @@ class StageView:
     fallback: dict[str, Any] | None = None
 
 
+def _levels(artifacts: Artifacts, stages: list[int]) -> list[Levels]:
+    """Read the levels of the stages that have selected; empty if the pool has no levels."""
+    found = [read_levels(artifacts, stage) for stage in stages]
+    return [one for one in found if one is not None and one.pool is not None]
+
+
 def render(store: Store, record: RunRecord) -> str:
     """Return the page of a run as HTML."""
     artifacts = Artifacts(store, record)
@@ -112,6 +119,7 @@ def render(store: Store, record: RunRecord) -> str:
         "correlations": _matrix(choices, rank_correlation),
         "score_figures": _score_figures(choices, artifacts.config.scores.metric),
         "chosen": section(artifacts),
+        "levels": _levels(artifacts, [v.stage for v in views]),
         "panel": panel(artifacts),
         "absent": _absent(artifacts.config),
         "cost": _cost(artifacts),

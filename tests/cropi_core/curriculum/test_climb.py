@@ -7,6 +7,7 @@ from cropi_core.artifacts import Store
 from cropi_core.config import load_config
 from cropi_core.curriculum import run_locally, slot_names
 from cropi_core.planning.rehearsal import rehearse
+from cropi_core.report.page import render
 from cropi_core.runs import Artifacts
 from data_schemas import Slot
 
@@ -83,6 +84,15 @@ def test_levels_are_read_from_the_artifacts(climbed):
     assert found.by_belief > 0.5
     assert found.coverage is not None
     assert 0 < found.coverage <= 1
+
+
+def test_the_report_shows_the_verdicts_and_the_levels(climbed):
+    _, root, record = climbed
+    page = render(Store(root), record)
+    assert '<table class="wide" id="levels">' in page
+    assert "target covered" in page
+    for check in record.checks:
+        assert check.verdict.grade in page[page.index('<table id="reliability">') :]
 
 
 def test_the_plan_lists_the_steps(climbed, tmp_path):
