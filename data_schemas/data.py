@@ -64,7 +64,7 @@ class TableSource(Section):
     kind: Literal["file", "hub"]
     preset: Annotated[PresetName | None, LATER] = Field(
         default=None,
-        description="Fills in what is left out here, for a known dataset or format (docs/guides/data.md).",
+        description="Fills in what is not set here, for a known dataset or format (docs/guides/data.md).",
     )
     path: str = Field(
         description="File, directory of shards, or glob; or hub dataset id, which the preset of a hub dataset has."
@@ -83,7 +83,7 @@ class TableSource(Section):
     )
     unanswered: Annotated[Literal["refuse", "drop"], LATER, ADVANCED] = Field(
         default="refuse",
-        description="Rows without an answer, or none that `answer_pattern` finds: an error, or left out and counted.",
+        description="Rows without an answer, or none that `answer_pattern` finds: an error, or dropped and counted.",
     )
     casts: Annotated[Casts | None, LATER, ADVANCED] = Field(
         default=None,
@@ -91,7 +91,7 @@ class TableSource(Section):
     )
     on_bad_rows: Annotated[Literal["refuse", "drop"], LATER, ADVANCED] = Field(
         default="refuse",
-        description="Rows that cannot be used: an error that names all, or left out and counted by reason.",
+        description="Rows that cannot be used: an error that names all, or dropped and counted by reason.",
     )
     system: str | None = Field(
         default=None, description="System message put before the prompt, in place of one it has."
@@ -187,7 +187,7 @@ class Decontaminate(Section):
     )
     action: Literal["remove", "refuse", "report"] = Field(
         default="remove",
-        description="What happens to a prompt that overlaps: left out, an error, or only counted.",
+        description="What happens to a prompt that overlaps: dropped, an error, or only counted.",
     )
 
 

@@ -38,7 +38,7 @@ class Section(BaseModel):
     def for_key(self) -> dict[str, Any]:
         """Return the settings as used in artifact keys and run ids.
 
-        A field marked with :data:`LATER` is left out while it has its default value, so that existing artifact keys do
+        A field marked with :data:`LATER` is omitted while it has its default value, so that existing artifact keys do
         not change.
         """
         settings = self.model_dump()

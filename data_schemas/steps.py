@@ -1,7 +1,7 @@
 """Steps: the settings that each result depends on, the slots of a run, and artifact keys.
 
 The settings classes contain the settings that are part of an artifact's key. A field marked
-:data:`~data_schemas.section.LATER` is left out of the key while it has its default value, so that keys of earlier
+:data:`~data_schemas.section.LATER` is excluded from the key while it has its default value, so that keys of earlier
 versions stay valid.
 """
 

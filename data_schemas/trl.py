@@ -196,7 +196,8 @@ class TrlTraining(Section):
     vespo_k_neg: float | None = Field(default=None, gt=0)
     vespo_lambda_neg: float | None = Field(default=None, gt=0)
     mask_truncated_completions: bool | None = Field(
-        default=None, description="Completions that were cut are left out of the loss; the scorer keeps them."
+        default=None,
+        description="Completions that were cut are excluded from the loss; the scorer keeps them.",
     )
     top_entropy_quantile: float | None = Field(default=None, gt=0, le=1)
     entropy_coef: float | None = Field(default=None, ge=0)

@@ -174,7 +174,7 @@ def _cluster(settings: Ray, cpus: int) -> Iterator[None]:
     except ConnectionError as error:
         raise StepError(
             f"no Ray cluster answers at runtime.ray.address={settings.address} ({error}): start it with `ray start "
-            "--head`, set RAY_AUTH_MODE=token here if it asks for a token, or leave the address out for a cluster on "
+            "--head`, set RAY_AUTH_MODE=token here if it asks for a token, or remove the address for a cluster on "
             "this machine"
         ) from error
     try:

@@ -29,7 +29,7 @@ COUNTED: dict[StepName, tuple[str, ...]] = {
     "training": ("steps", "prompts", "completions", "not_gradable"),
     "evaluation": ("completions",),
 }
-"""Counts of a step's summary that its line names; a count of 0 that is not gradable is left out."""
+"""Counts of a step's summary that its line names; a count of 0 that is not gradable is omitted."""
 MEASURED = {
     "mean_reward": "mean reward",
     "first_quarter_reward": "reward in the first quarter",

@@ -36,7 +36,7 @@ DESCRIPTIONS: dict[StepName, str] = {
     "prompts": "Read or generate one set of prompts.",
     "policy": "Copy the base checkpoint into the store.",
     "rollouts": "Sample and grade completions of the policy.",
-    "gradients": "Compute projected policy gradients, one row a prompt.",
+    "gradients": "Compute projected policy gradients, one row per prompt.",
     "scores": "Score the pool by its influence on the validation sets.",
     "diagnostics": "Compare the scores with those of fresh trajectories.",
     "selection": "Choose the prompts a stage trains on.",

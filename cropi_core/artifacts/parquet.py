@@ -94,7 +94,7 @@ class Faults:
         return [message + _places(rows) for message, rows in self._rows.items()]
 
     def dropped(self) -> dict[str, int]:
-        """Return the number of rows that were left out, by reason."""
+        """Return the number of rows that were dropped, by reason."""
         return {f"bad row: {message}": rows.count for message, rows in self._rows.items() if rows.count}
 
     def check(self) -> None:

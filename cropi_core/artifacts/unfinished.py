@@ -20,7 +20,7 @@ PLACES = (".work", ".damaged")
 def leftovers(store: Store, older_than_s: float, *, delete: bool = False) -> dict[str, int]:
     """Find unfinished work and damaged artifacts on this machine that have not changed for a while.
 
-    Work in progress is left out: a process holds its claim.
+    Work in progress is not listed: a process holds its claim.
 
     Args:
         store: Store of the artifacts.

@@ -114,7 +114,7 @@ def show(key: Key, root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
 
 @app.command()
 def card(key: Key, root: Root = DEFAULT_ROOT) -> None:
-    """Write the card of a set of prompts as Markdown: its sources, and what was left out."""
+    """Write the card of a set of prompts as Markdown: its sources, and what was dropped."""
     from cropi_core.prompts import data_card
 
     store = Store(root)
@@ -127,9 +127,7 @@ def card(key: Key, root: Root = DEFAULT_ROOT) -> None:
 @app.command()
 def lineage(
     key: Key,
-    down: Annotated[
-        bool, typer.Option("--down", help="What was made from it, not what it was made from.")
-    ] = False,
+    down: Annotated[bool, typer.Option("--down", help="Show what was made from it instead.")] = False,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -172,8 +170,10 @@ def diff(
     one: Annotated[
         str, typer.Argument(help="A selection: key, tag or RUN:slot, as in demo-1a2b3c4d:selection@1.")
     ],
-    other: Annotated[str, typer.Argument(help="Another.")],
-    top: Annotated[int, typer.Option(min=0, help="How many who came and who went are listed.")] = 10,
+    other: Annotated[str, typer.Argument(help="Another selection.")],
+    top: Annotated[
+        int, typer.Option(min=0, help="Number of added, and of removed, prompts that are listed.")
+    ] = 10,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -261,18 +261,19 @@ def gc(
         typer.Option(
             min=0,
             metavar="HOURS",
-            help="Of an address and of unfinished work: only what did not change for so long.",
+            help="At an address, and for unfinished work: only what has not changed for this long.",
         ),
     ] = 24.0,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Of an address: only copies on this machine, by --keep-gb.")
+        bool, typer.Option("--cache", help="At an address: only copies on this machine, down to --keep-gb.")
     ] = False,
     keep_gb: Annotated[
-        float, typer.Option(min=0, metavar="GB", help="With --cache: what may stay; the last used do.")
+        float,
+        typer.Option(min=0, metavar="GB", help="With --cache: size of the latest copies that are kept."),
     ] = 0.0,
     failed: Annotated[
         bool,
-        typer.Option("--failed", help="Also what only failed, crashed and cancelled runs refer to."),
+        typer.Option("--failed", help="Also artifacts that only failed, crashed and cancelled runs use."),
     ] = False,
     unfinished: Annotated[
         bool,

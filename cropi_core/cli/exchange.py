@@ -76,18 +76,20 @@ def import_(
             if not count:
                 continue
             say(
-                f"{'kept' if reason.startswith('kept') else 'left out'}: {count}, {reason.replace('_', ' ')}",
+                f"{'kept' if reason.startswith('kept') else 'dropped'}: {count}, {reason.replace('_', ' ')}",
                 err=True,
             )
     _filed(store, ref, tag, as_json)
 
 
 def import_log(
-    layout: Annotated[str, typer.Argument(help="Whose log: verl, trl, prime_rl or cropi.")],
+    layout: Annotated[str, typer.Argument(help="Trainer that wrote the log: verl, trl, prime_rl or cropi.")],
     path: Annotated[Path, typer.Argument(help="A file, or the directory that the trainer wrote.")],
     policy: Annotated[
         str,
-        typer.Option(help="Checkpoint directory, hub id or `embedded`: what sampled, or is taken for it."),
+        typer.Option(
+            help="Checkpoint directory, hub id or `embedded`: the policy that sampled, or is assumed to."
+        ),
     ],
     sampling: Annotated[
         str, typer.Option(help="`{samples: 8, temperature: 1.0, top_p: 1.0, max_new_tokens: 512}`.")
@@ -95,13 +97,13 @@ def import_log(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Prompts table, artifact key, tag or RUN:slot: where the log's prompts are looked for."
+            help="Prompts table, artifact key, tag or RUN:slot: in which the log's prompts are looked up."
         ),
     ] = None,
     reward: Annotated[str | None, typer.Option(help="trl: column of the reward.")] = None,
     on_bad_rows: Annotated[
         Literal["refuse", "drop"],
-        typer.Option(help="Refuse a log with faulty rows, or leave these out and count them."),
+        typer.Option(help="Refuse a log with faulty rows, or drop these rows and count them."),
     ] = "refuse",
     device: Annotated[str, typer.Option(help="Where log-probabilities are computed.")] = "auto",
     tag: Annotated[str | None, typer.Option(help="Name for the artifact.")] = None,
@@ -156,7 +158,7 @@ def _filed(store: Store, ref: ArtifactRef, tag: str | None, as_json: bool) -> No
 
 def export(
     key: Key,
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
     layout: Annotated[
         PromptFormat | None,
         typer.Option("--format", help="Selection or prompts: write the prompts in this format."),

@@ -33,7 +33,9 @@ def plan(
     override: Overrides = None,
     calibration: Annotated[
         bool,
-        typer.Option(help="Measure on a few prompts; without it tokens and disk alone, as upper bounds."),
+        typer.Option(
+            help="Measure on a few prompts; without it only tokens and disk are known, as upper bounds."
+        ),
     ] = True,
     card: Annotated[
         str | None,

@@ -256,7 +256,7 @@ def log(
 def rm(
     names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Ids of runs.")] = None,
     older_than: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="Runs that ended at least so long ago.")
+        float | None, typer.Option(min=0, metavar="DAYS", help="Runs that ended at least this long ago.")
     ] = None,
     keep: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="All runs but the N that ended last.")

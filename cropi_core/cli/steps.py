@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PolicyOption = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or `embedded`.")]
 Seed = Annotated[int, typer.Option(min=0)]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weights' type.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the weights.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,13 +57,14 @@ def rollouts(
     policy: PolicyOption,
     prompts: Annotated[Path, typer.Option(help="Prompts table (Parquet).")],
     out: Annotated[
-        Path, typer.Option(callback=local_path, help="Directory of the parts; whole parts there are kept.")
+        Path, typer.Option(callback=local_path, help="Directory of the parts; complete parts in it are kept.")
     ],
     seed: Seed = 0,
     dtype: Dtype = "float32",
-    shard_prompts: Annotated[int, typer.Option(min=1, help="Prompts a part.")] = 64,
+    shard_prompts: Annotated[int, typer.Option(min=1, help="Prompts per part.")] = 64,
     engine: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="What samples: here, or servers of vLLM.")
+        Literal["transformers", "vllm"],
+        typer.Option(help="Sampler: transformers in this process, or vLLM servers."),
     ] = "transformers",
     override: Overrides = None,
     as_json: AsJson = False,
@@ -110,7 +111,9 @@ def _graders(grading: Any) -> dict[str, Any]:
 def gradients(
     policy: PolicyOption,
     rollouts: Annotated[Path, typer.Option(help="Directory of parts, or one Parquet file.")],
-    out: Annotated[Path, typer.Option(callback=local_path, help="Zarr group; whole shards there are kept.")],
+    out: Annotated[
+        Path, typer.Option(callback=local_path, help="Zarr group to write; it keeps complete shards.")
+    ],
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Length limit of training; default: that of the rollouts.")
     ] = None,
@@ -155,9 +158,9 @@ def scores(
     train: Annotated[Path, typer.Option(help="Gradients of the pool (Zarr).")],
     validation: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A validation set's gradients.")],
     out: Annotated[Path, typer.Option(callback=local_path, help="Parquet file to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the order among equal scores.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order among equal scores.")] = 0,
     previous: Annotated[
-        Path | None, typer.Option(help="Scores of the stage before, for scores.memory.")
+        Path | None, typer.Option(help="Scores of the previous stage, for scores.memory.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts of the pool, for scores.neighbours.")] = None,
     override: Overrides = None,
@@ -197,7 +200,7 @@ def diagnostics(
     ratio: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the prompts that is the top.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order among equal scores.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order among equal scores.")] = 0,
     override: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -41,8 +41,8 @@ def verify_rewards(
     of_set: Annotated[
         str, typer.Option("--set", help="Set of a run whose rollouts are graded, at stage 1.")
     ] = "pool",
-    limit: Annotated[int, typer.Option(min=1, help="Completions that are graded at most.")] = 10_000,
-    show: Annotated[int, typer.Option(min=0, help="Changes that are shown at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of graded completions.")] = 10_000,
+    show: Annotated[int, typer.Option(min=0, help="Maximum number of changes that are shown.")] = 20,
     override: Overrides = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,

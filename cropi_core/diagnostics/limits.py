@@ -235,7 +235,7 @@ def format_verdict(verdict: Verdict | None) -> str:
 def check_grid(checks: Sequence[StageCheck]) -> tuple[list[str], list[list[str]]]:
     """Lay out checks with a row per metric and a column per check; an exceeded limit is marked with ``!``.
 
-    Metrics without a known value and without a limit are left out. Without checks the result is empty.
+    Metrics without a known value and without a limit are omitted. Without checks the result is empty.
     """
     header = ["figure", "limit", *[check_title(check) for check in checks]]
     rows = []

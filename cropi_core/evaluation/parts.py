@@ -22,11 +22,11 @@ def set_parts(
 
     Args:
         prompts: Rows of :data:`data_schemas.tables.PROMPTS`.
-        groups: Rewards of the graded completions by prompt; prompts without any are left out.
+        groups: Rewards of the graded completions by prompt; prompts without any are dropped.
 
     Returns:
         ``{"source": {name: {"accuracy", "low", "high", "prompts"}}, "level": {...}}``, the largest part first. A column
-        with one value in the whole set is left out, because its accuracy is that of the set.
+        with one value in the whole set is dropped, because its accuracy is that of the set.
     """
     parts: dict[str, dict[str, Any]] = {}
     for column in ("source", "level"):

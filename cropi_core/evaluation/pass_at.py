@@ -40,7 +40,7 @@ def set_pass_at(groups: Sequence[Sequence[float]], ks: Sequence[int]) -> dict[st
 
     Returns:
         By k as text: ``value``, ``low`` and ``high``, and ``prompts``, the number of prompts with at least k graded
-        completions; all others are left out. Without such prompts the three figures are None.
+        completions; all others are dropped. Without such prompts the three figures are None.
 
         The interval is that of accuracy (:func:`cropi_core.evaluation.intervals.interval`), where a prompt counts as at
         most n // k independent draws; with k = 1 and rewards of 0 and 1 it is equal to that of accuracy.

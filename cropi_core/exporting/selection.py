@@ -40,7 +40,7 @@ def export_prompts(
     Args:
         store: Store of the artifacts.
         name: Key, tag or ``RUN:slot`` of a selection or a set of prompts.
-        out: Directory to make.
+        out: Directory to create.
         layout: The format; ``hf`` also gets a card.
         prompts: Key, tag or ``RUN:slot`` of the pool; only for a selection that was imported, which does not name it.
 
@@ -95,12 +95,12 @@ def _pool(store: Store, manifest: Manifest, prompts: str | None) -> Manifest:
     """Find the set that a selection selects from."""
     if manifest.kind == "prompts":
         if prompts is not None:
-            raise ConfigError(f"{manifest.key} is a set of prompts; leave --prompts out")
+            raise ConfigError(f"{manifest.key} is a set of prompts; remove --prompts")
         return manifest
     ref = manifest.inputs.get("prompts")
     if (ref is None) == (prompts is None):
         fault = (
-            "does not name its pool; give --prompts" if ref is None else "names its pool; leave --prompts out"
+            "does not name its pool; give --prompts" if ref is None else "names its pool; remove --prompts"
         )
         raise ConfigError(f"selection {manifest.key} {fault}")
     key = resolve_key(store, prompts) if prompts is not None else ref.key if ref else ""

@@ -79,7 +79,7 @@ class FeatureEngine:
             self.close()
             raise ProjectionError(
                 f"no hook covers the parameters {', '.join(missing)}, so their gradient would be missing. "
-                "Freeze them to leave them out"
+                "Freeze them to exclude them"
             )
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class FeatureEngine:
         if unreached:
             raise ProjectionError(
                 f"the parameters {', '.join(unreached[:5])} got no gradient: their modules are used without "
-                "their forward method or are detached from the loss. Freeze these parameters to leave them out"
+                "their forward method or are detached from the loss. Freeze these parameters to exclude them"
             )
 
     def accumulators(self, prompts: int) -> Tensor:
@@ -211,7 +211,7 @@ class FeatureEngine:
         shapes = ", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in parameters.values())
         raise ProjectionError(
             f"a module of type {type(module).__name__} with the parameters {shapes} is not supported; linear layers, "
-            "embeddings, Conv1D and elementwise affine norms are. Freeze its parameters to leave them out"
+            "embeddings, Conv1D and elementwise affine norms are. Freeze its parameters to exclude them"
         )
 
     def _add(self, hook: Hook, names: list[str], kept: Any, gradient: Tensor) -> None:

@@ -47,7 +47,7 @@ class Group:
 def group_rollouts(table: pa.Table, min_gradable: int) -> list[Group]:
     """Group rows by prompt id, in the order of the table, and set each prompt's status.
 
-    Completions that are not gradable are left out. A prompt with fewer than ``min_gradable`` graded completions is
+    Completions that are not gradable are dropped. A prompt with fewer than ``min_gradable`` graded completions is
     ``too_few_gradable``; a prompt whose rewards are all equal is ``zero_variance``, and its gradient is exactly zero.
 
     Raises:

@@ -188,7 +188,7 @@ def token_weights(
         logprobs: (G, T) log π_θ of the stored tokens, at the sampling temperature.
         behavior: (G, T) stored log-probabilities of the behaviour policy.
         mask: (G, T) bool, true on completion tokens.
-        rewards: (G,), all finite; completions that are not gradable are left out.
+        rewards: (G,), all finite; completions that are not gradable are dropped.
         objective: Loss type, ratio, advantages and clip.
         max_new_tokens: L_max of ``dr_grpo``.
 

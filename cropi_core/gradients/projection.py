@@ -8,7 +8,7 @@ Three forms of S for a weight of shape (m, n), all at density p; δ is the gradi
     uniform    a random subset of the coordinates; the full gradient of the layer is formed once per prompt.
     factored   a random subset R of the rows times a random subset C of the columns: only δ[:, R]ᵀ a[:, C] is formed.
     folded     rows and columns are summed in groups with random signs, F δ and F' a, and only (Fδ)ᵀ (F'a) is formed:
-               as small as `factored`, but no coordinate is left out, so the few large rows and columns of language
+               as small as `factored`, but no coordinate is dropped, so the few large rows and columns of language
                models do no harm (docs/background/precision.md).
 """
 
@@ -42,7 +42,7 @@ class ParameterSketch:
         left: Reduction of the m rows; None for ``uniform`` and for ``kind=none``.
         right: Reduction of the n columns; None for ``uniform`` and for ``kind=none``.
         kept: (kept,) kept flat coordinates, sorted; None except for ``uniform``.
-        scale: Makes ‖φ‖² unbiased: sqrt(m·n / kept) if coordinates are left out, 1 if they are folded.
+        scale: Makes ‖φ‖² unbiased: sqrt(m·n / kept) if coordinates are dropped, 1 if they are folded.
         metric: (m, n) float32 factor of each coordinate, applied first; None for 1.
     """
 
@@ -202,7 +202,7 @@ def build_sketches(
         if not 1 <= len(shape) <= 2:
             raise ProjectionError(
                 f"parameter {name} has shape {shape}, and only vectors and matrices are supported (not the stacked "
-                "experts of a mixture of experts). Freeze the parameter to leave it out"
+                "experts of a mixture of experts). Freeze the parameter to exclude it"
             )
         m, n = shape[0], shape[1] if len(shape) == 2 else 1
         sketch = _sketch(name, m, n, offset, projection, device)

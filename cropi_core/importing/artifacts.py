@@ -128,7 +128,7 @@ def _agreed(name: str, given: T | None, stated: T | None, path: Path) -> T:
             "importance ratios are computed against exactly that distribution"
         )
     if given is not None and stated is not None and given != stated:
-        raise ConfigError(f"{path} states {name} {stated}, {given} was given; leave the option out")
+        raise ConfigError(f"{path} states {name} {stated}, {given} was given; remove the option")
     return cast(T, stated if given is None else given)
 
 

@@ -218,7 +218,7 @@ def check_scores(columns: Columns, what: str) -> pa.Table:
     if "rank" not in columns:
         rank = [place.get(i) for i in range(len(ids))]
     elif any(a is not None and b is not None and scores[a] < scores[b] for a, b in _neighbours(rank)):
-        faults.add("rank does not follow score; leave the column out to have it made")
+        faults.add("rank does not follow score; remove the column, and it is computed")
     if sorted(r for r in rank if r is not None) != list(range(1, len(best) + 1)):
         faults.add(f"rank does not count 1 to {len(best)} over the prompts with a score")
     faults.check()

@@ -81,8 +81,8 @@ class Log:
 
     Attributes:
         completions: The completions.
-        errors: Number of rows left out because the trainer's rollout had failed.
-        repeated: Number of rows left out because another file has them too.
+        errors: Number of rows dropped because the trainer's rollout had failed.
+        repeated: Number of rows dropped because another file has them too.
         faults: Collects invalid rows; if it drops them, it has counted them.
     """
 

@@ -80,7 +80,7 @@ def import_log(
         source: The log.
         policy: The policy that sampled, or its substitute.
         sampling: The sampling settings; log-probabilities are of exactly this distribution.
-        prompts: Prompts table in which the log's prompts are looked up; unknown prompts are left out and counted.
+        prompts: Prompts table in which the log's prompts are looked up; unknown prompts are dropped and counted.
         device: Device of the forward pass.
         report: Called with the number of completions done.
 
@@ -280,7 +280,7 @@ def _fault(one: Logged, prompt: list[int], ids: list[int], vocabulary: Vocabular
 
 
 def _counted(log: Log, counts: _Counts, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the non-zero counts of rows that were left out or altered."""
+    """Return the non-zero counts of rows that were dropped or altered."""
     by_name = {
         "dropped": log.faults.dropped(),
         "repeated_rows": log.repeated,
@@ -330,7 +330,7 @@ def _approximations(
         )
     if dropped := log.faults.dropped():
         reasons = "; ".join(f"{count}: {name.removeprefix('bad row: ')}" for name, count in dropped.items())
-        lines.append(f"{sum(dropped.values())} faulty rows were left out ({reasons})")
+        lines.append(f"{sum(dropped.values())} faulty rows were dropped ({reasons})")
     if counts.reasoned:
         lines.append(
             f"reasoning that the log keeps apart stands before the text of {counts.reasoned} completions, between "

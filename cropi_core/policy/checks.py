@@ -100,7 +100,7 @@ def check_loaded(directory: Path, info: Mapping[str, Any]) -> None:
         info: What transformers reports of loading: ``missing_keys`` and ``unexpected_keys``.
 
     Raises:
-        PolicyError: Weights are missing, or belong to an adapter that would be left out.
+        PolicyError: Weights are missing, or belong to an adapter that would be ignored.
     """
     if missing := sorted(info["missing_keys"]):
         raise PolicyError(
@@ -108,7 +108,7 @@ def check_loaded(directory: Path, info: Mapping[str, Any]) -> None:
         )
     if adapter := sorted(name for name in info["unexpected_keys"] if ADAPTER.search(name)):
         raise PolicyError(
-            f"{directory} holds the adapter weight {adapter[0]}, which is part of no layer and would be left out; "
+            f"{directory} holds the adapter weight {adapter[0]}, which is part of no layer and would be ignored; "
             "merge the adapter into the weights (PEFT's merge_and_unload)"
         )
 

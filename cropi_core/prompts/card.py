@@ -38,7 +38,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     summary = manifest.summary
     yield "prompts", f"{summary.get('prompts', 0):,}"
     for reason, count in summary.get("dropped", {}).items():
-        yield f"left out: {reason.replace('_', ' ')}", f"{count:,}"
+        yield f"dropped: {reason.replace('_', ' ')}", f"{count:,}"
     if lengths := summary.get("characters"):
         yield (
             "characters of a prompt",
@@ -89,7 +89,7 @@ def _counts(counts: Mapping[str, int]) -> list[str]:
 
 
 def _decontamination(overlap: Mapping[str, Any]) -> list[str]:
-    action = {"remove": "left out", "report": "kept"}.get(overlap["action"], "refused")
+    action = {"remove": "dropped", "report": "kept"}.get(overlap["action"], "refused")
     sets = ", ".join(f"{_code(name)} {count:,}" for name, count in overlap["by_set"].items())
     lines = [
         f"{overlap['prompts']:,} prompts overlap ({overlap['ngram']} words in a row), {action}"

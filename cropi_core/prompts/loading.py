@@ -286,7 +286,7 @@ def decontaminated(
     if settings["action"] == "refuse" and overlap.prompts:
         raise DataError(
             f"{len(overlap.prompts)} of {len(rows)} prompts overlap {', '.join(summary['by_set'])}; "
-            f"data.decontaminate.action=remove leaves them out{details}"
+            f"data.decontaminate.action=remove drops them{details}"
         )
     if settings["action"] == "remove":
         table = table.filter(pa.array([i not in overlap.prompts for i in range(len(rows))], pa.bool_()))

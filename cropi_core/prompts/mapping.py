@@ -4,7 +4,7 @@
     mapper.add(batch.rows())
     mapped = mapper.finish()
 
-All faults of a table are reported together, each with its first few rows. No row is repaired, and none is left out
+All faults of a table are reported together, each with its first few rows. No row is repaired, and none is dropped
 unless the source's settings request it.
 """
 
@@ -109,9 +109,9 @@ class Mapped:
 
     Attributes:
         prompts: Prompts, each paired with the normalised text that identifies it.
-        unanswered: Number of rows left out because they have no answer.
+        unanswered: Number of rows dropped because they have no answer.
         several_boxes: Number of answers from a text with several boxes; the last box was used.
-        duplicates: Number of rows left out because an earlier row has the same prompt.
+        duplicates: Number of rows dropped because an earlier row has the same prompt.
         conflicting: Number of duplicates with a different answer.
     """
 

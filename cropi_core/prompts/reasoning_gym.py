@@ -125,7 +125,7 @@ def _row(
     elif entry["answer"] is None:
         raise DataError(
             f"reasoning-gym's {name} has entries without an answer, so verifier={task.verifier} has nothing to "
-            "compare with; leave it out, and the task's own scorer grades"
+            "compare with; remove it, and the task's own scorer grades"
         )
     else:
         answer = str(entry["answer"])
@@ -152,6 +152,6 @@ def _packed(name: str, task: GymTask, dataset: Any, entry: dict[str, Any]) -> st
         expected, entry
     ):
         raise DataError(
-            f"reasoning-gym's {name} scores an entry otherwise once it has been JSON; leave it out"
+            f"reasoning-gym's {name} scores an entry otherwise once it has been JSON; remove the task"
         )
     return answer

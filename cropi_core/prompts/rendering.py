@@ -13,7 +13,7 @@ def check_rendering(checkpoint: Path, chat: Mapping[str, Any] | None, sets: Mapp
     """Render one prompt of each sequence of roles in the sets.
 
     Templates refuse roles rather than texts: a system message, or two messages of one role in a row. Single messages of
-    a user are left out; the policy step has tried one, and the others need transformers, whose import takes a second.
+    a user are not tried; the policy step has tried one, and the others need transformers, whose import takes a second.
 
     Args:
         checkpoint: Checkpoint directory.

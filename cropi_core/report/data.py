@@ -32,7 +32,7 @@ METRICS = (
     Metric("grad_norm", "gradient norm", "Gradient norm before clipping"),
     Metric("learning_rate", "learning rate", "Learning rate"),
 )
-"""The metrics that are plotted, in order; those without values are left out."""
+"""The metrics that are plotted, in order; those without values are omitted."""
 
 
 def shown_stages(stages: list[int], most: int = SHOWN_STAGES) -> list[int]:

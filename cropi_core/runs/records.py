@@ -125,7 +125,7 @@ def list_runs(store: Store) -> list[str]:
 def ancestors(store: Store, key: str) -> list[Manifest]:
     """List an artifact and its direct and indirect inputs, each once, the artifact first.
 
-    An input that no longer exists is left out, together with the artifacts that only it names.
+    An input that no longer exists is dropped, together with the artifacts that only it names.
     """
     manifests = {key: store.manifest(key)}
     queue = [key]
@@ -180,7 +180,7 @@ class Use:
 
 
 def uses(store: Store) -> dict[str, list[Use]]:
-    """Return the uses of each artifact by its key, the oldest record first; runs with damaged records are left out."""
+    """Return the uses of each artifact by its key, the oldest record first; runs with damaged records are skipped."""
     uses_by_key: dict[str, list[Use]] = {}
     for run in list_runs(store):
         with contextlib.suppress(ArtifactError):

@@ -2,7 +2,7 @@
 
 :func:`compare` is a pure function of the finished curves. Unfinished curricula are not included, and every row gives
 its number of seeds. If a reference's final accuracy is not above its initial one, no ratio is defined; such pairs are
-left out and counted.
+dropped and counted.
 """
 
 from collections.abc import Callable, Sequence

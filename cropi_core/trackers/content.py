@@ -104,7 +104,7 @@ def collect(store: Store, name: str, out: Path) -> Content:
 
 
 def _write_files(store: Store, run: Run, manifests: Mapping[str, Manifest], files: Path) -> list[str]:
-    """Write the files; return a note for each that is left out."""
+    """Write the files; return a note for each that is omitted."""
     lineage = list(_lineage(store, manifests))
     texts = {
         "record.json": run.record.model_dump_json(indent=1) + "\n",
@@ -120,7 +120,7 @@ def _write_files(store: Store, run: Run, manifests: Mapping[str, Manifest], file
     try:
         write_report(store, run.record.run, files / "report.html")
     except MissingExtraError as error:
-        return [f"the report was left out: {error}"]
+        return [f"the report was omitted: {error}"]
     return []
 
 

@@ -44,7 +44,7 @@ class Logged:
         id: The tracker's id of the run.
         new: False if the tracker had this run already, completely; nothing was written then.
         show: Command that shows or sends it.
-        notes: What was left out.
+        notes: What was omitted.
     """
 
     tracker: str

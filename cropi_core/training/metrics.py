@@ -61,7 +61,7 @@ def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
     """Convert the trainer's log history to a table of :data:`METRICS`.
 
     Args:
-        history: Entries of ``TrainerState.log_history``; those without a loss (the closing one) are left out.
+        history: Entries of ``TrainerState.log_history``; those without a loss (the closing one) are dropped.
 
     Returns:
         Rows in the order of steps.

@@ -324,7 +324,7 @@ class StageTrainer(GRPOTrainer):
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """List the files of a checkpoint with their sizes in bytes, the marker left out."""
+    """List the files of a checkpoint with their sizes in bytes, without the marker."""
     return {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))

@@ -79,12 +79,12 @@ def select_command(
     root: Root = DEFAULT_ROOT,
     override: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory to make: the selected prompts, in --format.")
+        Path | None, typer.Option(help="Directory to create: the selected prompts, in --format.")
     ] = None,
     layout: Annotated[PromptFormat, typer.Option("--format", help="Format of --out.")] = "hf",
     after: Annotated[
         str | None,
-        typer.Option("--continue", metavar="RUN", help="The selection before, which was trained on."),
+        typer.Option("--continue", metavar="RUN", help="The previous selection, which was trained on."),
     ] = None,
     policy: Annotated[
         str | None,
@@ -136,17 +136,19 @@ def study_command(
     root: Root = DEFAULT_ROOT,
     override: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Curricula at once; default: one a core.")
+        int | None,
+        typer.Option(min=1, max=256, help="Curricula that run at the same time; default: one per core."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Run only the first seeds, this many.")] = None,
     arm: Annotated[
         list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; repeatable.")
     ] = None,
     tabulate: Annotated[
-        bool, typer.Option("--tabulate", help="Run nothing; compare what is finished.")
+        bool, typer.Option("--tabulate", help="Run nothing; compare the finished curricula.")
     ] = False,
     write: Annotated[
-        Path | None, typer.Option(metavar="PAGE.md", help="Put the tables between the page's marks for it.")
+        Path | None,
+        typer.Option(metavar="PAGE.md", help="Write the tables into this page, between its marks."),
     ] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
@@ -202,7 +204,7 @@ def automations_command(
         typer.Option(
             min=1,
             metavar="SECONDS",
-            help="A run not heard of for so long is Crashed; at least, and by default, three heartbeats (540).",
+            help="Time without a heartbeat until a run is Crashed; default and minimum: three heartbeats (540).",
         ),
     ] = None,
 ) -> None:

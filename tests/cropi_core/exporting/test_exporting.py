@@ -90,7 +90,7 @@ def test_a_whole_set_is_exported_too_and_nothing_else(finished, tmp_path):
     assert "40 prompts, a whole set" in (tmp_path / "pool/README.md").read_text()
     with pytest.raises(ConfigError, match="of kind scores; only a selection or a set of prompts"):
         export_prompts(store, f"{record.run}:scores@1", tmp_path / "scores", "trl")
-    with pytest.raises(ConfigError, match="is a set of prompts; leave --prompts out"):
+    with pytest.raises(ConfigError, match="is a set of prompts; remove --prompts"):
         export_prompts(store, f"{record.run}:prompts/pool", tmp_path / "x", "trl", prompts="y")
 
 

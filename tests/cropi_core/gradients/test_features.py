@@ -205,7 +205,7 @@ def test_bytes_do_not_depend_on_shards_or_workers(tmp_path):
 
 
 def test_dead_prompts_are_skipped_with_a_reason(tmp_path, monkeypatch):
-    """Mistakes 9 and 14: equal rewards are skipped with a status; not gradable is left out, not zero."""
+    """Mistakes 9 and 14: equal rewards are skipped with a status; not gradable is dropped, not zero."""
     policy = save_tiny(tmp_path / "policy")
     ungraded = ((1, 0), (1, 1), (1, 2), (2, 1))
     rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3, dead=(0,), ungraded=ungraded)

@@ -135,7 +135,7 @@ def test_two_coordinates_rarely_meet_in_a_fold():
 @pytest.mark.parametrize("form", ["factored", "uniform"])
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
 def test_every_layer_is_covered_in_proportion(form, density):
-    """Mistake 1: no layer is left out, none is kept completely; kept coordinates are spread over the whole layer."""
+    """Mistake 1: no layer is dropped, none is kept completely; kept coordinates are spread over the whole layer."""
     sketches = build_sketches(SHAPES, Projection(density=density, form=form), CPU)
     for sketch in sketches.values():
         m, n = sketch.shape

@@ -36,9 +36,9 @@ def test_it_says_what_went_in_and_what_was_left_out(tmp_path):
     text = data_card(manifest)
     for line in (
         "| prompts | 2 |",
-        "| left out: duplicates | 1 |",
-        "| left out: duplicates with another answer | 1 |",
-        "| left out: unanswered | 1 |",
+        "| dropped: duplicates | 1 |",
+        "| dropped: duplicates with another answer | 1 |",
+        "| dropped: unanswered | 1 |",
         "| characters of a prompt | 3 to 5, median 5 |",
         "| graded by | `math` (2) |",
         "| `Level 1` | 1 |",
@@ -66,9 +66,7 @@ def test_text_of_a_dataset_is_not_markup(tmp_path):
 def test_overlaps_and_the_sets_they_are_with_are_shown(tmp_path):
     store, sets = prompts_of(sets_of(tmp_path, "remove"), tmp_path / "root")
     text = data_card(store.manifest(sets["pool"]))
-    assert (
-        "2 prompts overlap (13 words in a row), left out: `held` 1, `val` 1" in text or "left out: `" in text
-    )
+    assert "2 prompts overlap (13 words in a row), dropped: `held` 1, `val` 1" in text or "dropped: `" in text
     assert "| made from `against.held` |" in text
     assert "a farmer counts his sheep" in text
 
