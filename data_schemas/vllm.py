@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from data_schemas.section import ADVANCED, Section
 
-OURS = (
+RESERVED = (
     "--model",
     "--served-model-name",
     "--dtype",
@@ -90,7 +90,7 @@ class Vllm(Section):
     def _contradictions(self) -> list[str]:
         """List contradictory settings, each with the values and what to change."""
         faults = []
-        reserved = [a for a in self.arguments if a.partition("=")[0].replace("_", "-") in OURS]
+        reserved = [a for a in self.arguments if a.partition("=")[0].replace("_", "-") in RESERVED]
         if reserved:
             faults.append(
                 f"arguments holds {', '.join(reserved)}: cropi gives these itself, from the policy and the "

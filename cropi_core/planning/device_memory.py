@@ -269,7 +269,7 @@ def _sampling(
         return Need(step, parts, "a lower runtime.generation_rows")
     vllm = config.runtime.vllm
     if vllm.base_urls:
-        return Need(step)  # their memory is theirs
+        return Need(step)  # servers use memory of their own
     split, share = servers_share(vllm)
     least = (weights + cache) / split + SPARE_BYTES
     parts = {"vLLM": share * card.memory_bytes if card else least}

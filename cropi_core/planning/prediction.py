@@ -191,7 +191,7 @@ def _servers(config: Config, rehearsed: "Rehearsed") -> list[str]:
     vllm = config.runtime.vllm
     if vllm.base_urls:
         return [
-            f"{len(todo)} steps sample by servers that run ({', '.join(vllm.base_urls)}); their memory is theirs"
+            f"{len(todo)} steps sample by running servers ({', '.join(vllm.base_urls)}), whose memory is not included"
         ]
     return [
         f"{len(todo)} steps start {vllm.servers} of vLLM's servers each, which is in their seconds; the servers' "

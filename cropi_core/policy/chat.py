@@ -3,7 +3,7 @@
     chosen = chat_settings(config.policy.chat)             # part of the policy's key
     write_chat(checkpoint, chosen)
 
-Everything that renders a prompt afterwards, ours or not, finds it there: rollouts, training, evaluation, the policies
+Everything that renders a prompt afterwards finds it there, in any program: rollouts, training, evaluation, the policies
 that are trained, and any program that loads one of those later. So are the template's arguments, as assignments
 before its text: who renders need not know them.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from cropi_core.rewards.verifier import Item, Verifier
 
 FEWEST_COMPLETIONS = 32
-"""Completions of one verifier below which nothing is said about shares."""
+"""Completions of one verifier below which no share is judged."""
 FEWEST_PROMPTS = 8
 """Prompts that these completions must come from."""
 EQUAL_COMPLETIONS, EQUAL_PROMPTS = 128, 32

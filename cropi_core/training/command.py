@@ -49,7 +49,7 @@ def run_command(
         files: What the stage reads and writes.
         training: Settings of the stage; ``training.command`` is the command.
         seed: Seed that is handed to the command.
-        report: Told what the command reports.
+        report: Receives what the command reports.
         name: Slot of the policy, for messages and the environment.
 
     Returns:

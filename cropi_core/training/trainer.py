@@ -249,7 +249,7 @@ class Watch(TrainerCallback):
 
     Args:
         training: Settings: the steps of the stage, and its end.
-        report: Told every step.
+        report: Called after every step.
         draws: Draws whose state belongs to a checkpoint.
     """
 
@@ -351,7 +351,7 @@ def build_trainer(
         tokenizer: Its tokenizer.
         arguments: TRL's.
         stage: Completions and rewards.
-        watch: Told every step.
+        watch: Called after every step.
         reference: Checkpoint directory of the KL reference.
         carried: Checkpoint directory from which the optimizer state is continued, if it has one.
 
