@@ -41,12 +41,14 @@ def exact_projection(projection: Projection) -> list[str]:
 
 def group_size(rollouts: Rollouts, objective: Objective, *, needs_rollouts: bool) -> list[str]:
     """Require enough samples per prompt for a gradient."""
-    if rollouts.pool.samples < objective.min_gradable and needs_rollouts:
-        return [
-            f"rollouts.pool.samples={rollouts.pool.samples} is below "
-            f"objective.min_gradable={objective.min_gradable}: no prompt could have a gradient"
-        ]
-    return []
+    counts = {"pool.samples": rollouts.pool.samples}
+    counts |= {f"samples_by_source.{name}": count for name, count in rollouts.samples_by_source.items()}
+    return [
+        f"rollouts.{name}={count} is below objective.min_gradable={objective.min_gradable}: no prompt could have a "
+        "gradient"
+        for name, count in counts.items()
+        if count < objective.min_gradable and needs_rollouts
+    ]
 
 
 def sampling_passes(rollouts: Rollouts, *, needs_rollouts: bool) -> list[str]:
@@ -54,6 +56,10 @@ def sampling_passes(rollouts: Rollouts, *, needs_rollouts: bool) -> list[str]:
     passes, most = rollouts.passes, rollouts.pool.samples
     if passes is None:
         return []
+    if rollouts.samples_by_source:
+        return [
+            "rollouts.passes and rollouts.samples_by_source both decide how often a prompt is sampled; drop one"
+        ]
     if not needs_rollouts:
         return ["rollouts.passes has no effect: the strategy reads no rollouts; drop it"]
     if passes.first >= most:

@@ -7,6 +7,7 @@ from pydantic import Field
 from data_schemas.section import ADVANCED, LATER, Section
 
 Engine = Literal["transformers", "vllm"]
+Samples = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Sampling(Section):
@@ -61,6 +62,11 @@ class Rollouts(Section):
     )
     pool: Sampling = Field(default=Sampling(), description="Sampling of the pool.")
     validation: Sampling = Field(default=Sampling(samples=16), description="Sampling of the validation sets.")
+    samples_by_source: Annotated[dict[str, Samples], LATER] = Field(
+        default_factory=dict,
+        description="Completions of the pool's prompts of a source, such as `{algebra: 16}`; other sources get "
+        "`pool.samples`.",
+    )
     passes: Annotated[Passes | None, LATER] = Field(
         default=None,
         description="Sample the pool in passes; `pool.samples` is then the most that a prompt gets. Empty: all prompts "

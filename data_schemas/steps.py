@@ -90,6 +90,7 @@ class RolloutsSettings(Section):
     seed: int
     shard_prompts: int
     engine: Annotated[Engine, LATER] = "transformers"
+    samples_by_source: Annotated[dict[str, int], LATER] = Field(default_factory=dict)
     passes: Annotated[Passes | None, LATER] = None
 
 

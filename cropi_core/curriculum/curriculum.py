@@ -201,6 +201,7 @@ class Curriculum:
             seed=self.config.seed + 1000 * (stage - 1) + seed,
             shard_prompts=rollouts.shard_prompts,
             engine=rollouts.engine,
+            samples_by_source=rollouts.samples_by_source if name == "pool" else {},
             passes=rollouts.passes if name == "pool" else None,  # spot checks measure with full groups
         )
         inputs = {"policy": policy, "prompts": prompts}

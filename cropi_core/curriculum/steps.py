@@ -125,19 +125,28 @@ def policy_step(work: Work) -> dict[str, Any]:
 
 def rollouts_step(work: Work) -> dict[str, Any]:
     """Sample and grade completions, part by part."""
-    from cropi_core.rollouts import RolloutPlan, sample_rollouts
+    from cropi_core.prompts import read_prompts
+    from cropi_core.rollouts import RolloutPlan, check_sources, sample_rollouts
 
     if "merged" in work.spec.settings:
         return _merged_rollouts(work)
     if "halves" in work.spec.settings:
         return _halved_rollouts(work)
     settings = RolloutsSettings.model_validate(work.spec.settings)
+    if settings.samples_by_source:
+        table = read_prompts(work.inputs["prompts"] / PROMPTS_FILE)
+        check_sources(settings.samples_by_source, table["source"].to_pylist())
     return sample_rollouts(
         policy=_checkpoint(work, settings.dtype),
         prompts=work.inputs["prompts"] / PROMPTS_FILE,
         out=work.out / ROLLOUTS,
         plan=RolloutPlan(
-            settings.sampling, settings.seed, settings.shard_prompts, settings.engine, settings.passes
+            settings.sampling,
+            settings.seed,
+            settings.shard_prompts,
+            settings.engine,
+            settings.passes,
+            settings.samples_by_source,
         ),
         grading=grading_of(work.spec),
         runtime=work.runtime,

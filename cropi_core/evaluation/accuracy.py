@@ -27,6 +27,7 @@ from cropi_core.progress import Progress, Report, silent
 from cropi_core.prompts import read_prompts
 from cropi_core.rollouts import (
     RolloutPlan,
+    check_sources,
     list_lengths,
     open_sampler,
     parity_summary,
@@ -90,7 +91,16 @@ def evaluate(
     if not sets:
         raise DataError("there is no set to evaluate: name at least one under data.validation or data.test")
     logs = files.logs or files.completions.with_name("vllm.logs")
-    plan = RolloutPlan(settings.sampling, settings.seed, SHARD_PROMPTS, settings.engine)
+    plan = RolloutPlan(
+        settings.sampling,
+        settings.seed,
+        SHARD_PROMPTS,
+        settings.engine,
+        by_source=settings.samples_by_source,
+    )
+    if plan.by_source:
+        columns = [read_prompts(path)["source"].to_pylist() for path in sets.values()]
+        check_sources(plan.by_source, [source for column in columns for source in column])
     with open_sampler(settings.engine, policy=policy, runtime=runtime, logs=logs) as sampler:
         sample_set = partial(
             sample_rollouts,
@@ -161,6 +171,7 @@ def _summary(
         "completions": sum(table.num_rows for table in tables.values()),
         "tokens": sum(int(table["tokens"].to_numpy().sum()) for table in tables.values()),
         "samples": settings.sampling.samples,
+        **({"samples_by_source": dict(settings.samples_by_source)} if settings.samples_by_source else {}),
     }
 
 

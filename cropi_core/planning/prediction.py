@@ -138,6 +138,10 @@ def notes(
         notes.append(
             "the cost of training.command is unknown: rows of training are those of cropi's own trainer"
         )
+    if config.rollouts.samples_by_source or config.evaluation.samples_by_source:
+        notes.append(
+            "samples_by_source is not counted: every prompt is predicted with the samples of other sources"
+        )
     existing = [work.slot for work in rehearsed.works if work.origin != "computed"]
     if existing:
         notes.append(f"{len(existing)} of {len(rehearsed.works)} artifacts exist already and cost nothing")

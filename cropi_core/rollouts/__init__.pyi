@@ -1,4 +1,5 @@
 from .collect import RolloutPlan as RolloutPlan
+from .collect import check_sources as check_sources
 from .collect import sample_rollouts as sample_rollouts
 from .halving import HALVES as HALVES
 from .halving import halve_rollouts as halve_rollouts

@@ -8,12 +8,13 @@ the last pass. Which prompts a pass samples is computed from the parts of the pa
 one part here too.
 """
 
+import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from data_schemas import ROLLOUTS, Engine, Grading, Passes, Runtime, Sampling
 
 log = logging.getLogger(__name__)
 
+BY_SOURCE = b"cropi.samples_by_source"
 REASONS = 5
 """Number of reasons why completions are not gradable in a summary, the most frequent."""
 
@@ -49,6 +51,7 @@ class RolloutPlan:
         shard_prompts: Prompts in a part.
         engine: The sampler: transformers in this process, or vLLM servers.
         passes: Sample in passes, at most ``sampling.samples`` completions of a prompt; None samples all of them.
+        by_source: Number of samples by source of the prompts; others get ``sampling.samples``. Not with ``passes``.
     """
 
     sampling: Sampling
@@ -56,6 +59,11 @@ class RolloutPlan:
     shard_prompts: int = 64
     engine: Engine = "transformers"
     passes: Passes | None = None
+    by_source: Mapping[str, int] = field(default_factory=dict)
+
+    def samples(self, row: dict[str, Any]) -> int:
+        """Return the number of samples of a row of a prompts table."""
+        return self.by_source.get(row["source"], self.sampling.samples)
 
 
 Rows = dict[int, list[dict[str, Any]]]
@@ -120,7 +128,7 @@ def sample_rollouts(
                     open_sampler(plan.engine, policy=policy, runtime=runtime, logs=logs)
                 )
             draw = partial(sampler.sample, seed=plan.seed)
-            if plan.passes is None:
+            if plan.passes is None and not plan.by_source:
                 draw = partial(draw, missing, plan.sampling)
                 parts = _Parts(out, missing, metadata, table.num_rows)
                 reasons, later = _write_parts(draw, parts, verifier, report)
@@ -137,6 +145,8 @@ def sample_rollouts(
         summary["verifier_warnings"] = warnings
     if plan.passes:
         summary["passes"] = plan.passes.model_dump()
+    if plan.by_source:
+        summary["samples_by_source"] = dict(plan.by_source)
     if plan.engine == "vllm":
         summary["parity"] = parity_summary([out], policy.dtype, runtime.vllm)
     return summary
@@ -149,7 +159,23 @@ def _metadata(policy: Checkpoint, plan: RolloutPlan) -> dict[bytes, bytes]:
         b"cropi.sampling": plan.sampling.model_dump_json().encode(),
         b"cropi.seed": str(plan.seed).encode(),
     }
+    if plan.by_source:
+        metadata[BY_SOURCE] = json.dumps(dict(plan.by_source), sort_keys=True).encode()
     return metadata | ({b"cropi.passes": plan.passes.model_dump_json().encode()} if plan.passes else {})
+
+
+def check_sources(by_source: Mapping[str, int], sources: Iterable[str]) -> None:
+    """Refuse numbers of samples for sources that no prompt has.
+
+    Raises:
+        ConfigError: Names the first one, and the sources that there are.
+    """
+    existing = sorted(set(sources))
+    if missing := sorted(set(by_source) - set(existing)):
+        raise ConfigError(
+            f"samples_by_source names the source {missing[0]!r}, which no prompt has. There are "
+            f"{', '.join(map(repr, existing[:10]))}"
+        )
 
 
 def _shards(table: pa.Table, shard_prompts: int) -> Rows:
@@ -184,6 +210,8 @@ def _check_parts(out: Path, shards: Rows, metadata: dict[bytes, bytes]) -> None:
         ]
         if b"cropi.passes" in stored.keys() - metadata.keys():
             faults.append("it was sampled in passes")
+        if BY_SOURCE in stored.keys() - metadata.keys():
+            faults.append("its number of samples depends on the source")
         if not same_prompts:
             faults.append("its prompts are others")
         if faults:
@@ -208,6 +236,8 @@ def _write_passes(
 ) -> tuple[Counter[str], list[str]]:
     """Sample pass after pass, then write the final parts; return what :func:`_write_parts` returns.
 
+    With ``plan.by_source`` a pass samples the prompts that have more samples than those before it.
+
     Args:
         draw: The sampler's ``sample`` with its seed.
         out: Directory of the final parts.
@@ -217,9 +247,11 @@ def _write_passes(
         verifier: Grades the completions.
         report: Receives the number of prompts done in a pass.
     """
-    assert plan.passes is not None
     reasons, warnings = Counter[str](), list[str]()
-    sizes = pass_sizes(plan.passes, plan.sampling.samples)
+    if plan.passes:
+        sizes = pass_sizes(plan.passes, plan.sampling.samples)
+    else:
+        sizes = sorted({plan.samples(row) for shard in shards.values() for row in shard})
     before, rows = 0, shards
     for number, size in enumerate(sizes):
         folder = _passes_path(out) / str(number)
@@ -240,7 +272,13 @@ def _write_passes(
             )
             reasons, warnings = reasons + counted, warnings or new_warnings
         before = size
-        if number + 1 < len(sizes):
+        if number + 1 == len(sizes):
+            break
+        if plan.passes is None:
+            rows = {
+                index: [row for row in shard if plan.samples(row) > size] for index, shard in rows.items()
+            }
+        else:
             rows = _next_pass(out, number, rows, sizes[number + 1] - size, plan.passes.min_chance)
     for index, prompts in _missing(shards, out).items():
         write_parquet(_joined(_pass_tables(out, len(sizes), index), prompts), part_path(out, index))

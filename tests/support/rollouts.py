@@ -12,12 +12,29 @@ from data_schemas.rollouts import Sampling
 from data_schemas.runtime import Runtime
 
 
-def run(out, prompts, policy=None, rows=64, shard=8, seed=0, sampling=None, passes=None, report=silent):
+def run(
+    out,
+    prompts,
+    policy=None,
+    rows=64,
+    shard=8,
+    seed=0,
+    sampling=None,
+    passes=None,
+    report=silent,
+    by_source=None,
+):
     return sample_rollouts(
         policy=Checkpoint(policy or base_checkpoint(), digest="d"),
         prompts=prompts,
         out=out,
-        plan=RolloutPlan(sampling or Sampling(samples=4, max_new_tokens=12), seed, shard, passes=passes),
+        plan=RolloutPlan(
+            sampling or Sampling(samples=4, max_new_tokens=12),
+            seed,
+            shard,
+            passes=passes,
+            by_source=by_source or {},
+        ),
         grading=Grading(),
         runtime=Runtime(device="cpu", threads=1, generation_rows=rows),
         report=report,
