@@ -83,7 +83,7 @@ def _list_runs(store: "Store", states: set[str], name: str, as_json: bool) -> No
     if as_json:
         print_json(rows)
         return
-    names = ("run", "state", "stages", "artifacts", "started", "finished", "error")
+    names = ("run", "state", "stages", "scores", "artifacts", "started", "finished", "error")
     shown = [
         row if row["stages_done"] is None else {**row, "stages": f"{row['stages_done']}/{row['stages']}"}
         for row in rows
@@ -99,7 +99,7 @@ def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
         try:
             record = load_run(store, run)
         except ArtifactError as error:
-            lost = dict.fromkeys(("stages_done", "stages", "artifacts", "started", "finished"))
+            lost = dict.fromkeys(("stages_done", "stages", "scores", "artifacts", "started", "finished"))
             rows.append({"run": run, "status": "damaged", "state": "damaged", **lost, "error": str(error)})
             continue
         finished = sum(slot.startswith("policy@") and slot != "policy@0" for slot in record.slots)
@@ -110,6 +110,7 @@ def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
                 "state": state_name(store, record),
                 "stages_done": finished,
                 "stages": record.config.get("stages"),
+                "scores": next((c.verdict.grade for c in reversed(record.checks) if c.verdict), None),
                 "artifacts": len(record.slots),
                 "started": record.started,
                 "finished": record.finished,

@@ -1,9 +1,13 @@
 """A curriculum that samples again what begins to be solved, and selects by what its scores are worth."""
 
+import json
+
 import pytest
+from typer.testing import CliRunner
 
 from cropi_core.analysis import read_levels
 from cropi_core.artifacts import Store
+from cropi_core.cli import app
 from cropi_core.config import load_config
 from cropi_core.curriculum import run_locally, slot_names
 from cropi_core.planning.rehearsal import rehearse
@@ -63,6 +67,13 @@ def test_every_stage_states_a_verdict_and_follows_it(climbed):
         expected = {"noise": {"pass_rate", "random"}}.get(check.verdict.grade, {"influence"})
         assert strategy in expected
         assert any(check.verdict.follows in note for note in record.notes)
+
+
+def test_the_list_of_runs_has_the_last_verdict(climbed):
+    _, root, record = climbed
+    listed = CliRunner().invoke(app, ["runs", "--json", "--root", str(root)])
+    (row,) = json.loads(listed.stdout)
+    assert row["scores"] == record.checks[-1].verdict.grade
 
 
 def test_the_same_call_finds_every_artifact(climbed):
