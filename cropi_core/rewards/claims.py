@@ -57,6 +57,7 @@ _NEGATED = re.compile(
 _DENIAL = re.compile(
     r"\b(?:answer|result)\b[\s*_:]*+(?:(?:is|are|was)?[\s*_]*+(?:not|neither|never)\b|(?:is|are|was)n't\b)(?:(?!\bbut\b)[^\n.,])*"
     r"|\b(?:(?:is|are|was|were|it's|that's)\s+not|(?:is|are|was|were)n't)\s+[-+$\\]*\d(?:[\d.,/]*\d)?"
+    r"|\((?:and\s+)?not\s[^()\n]*\)|,\s+(?:and\s+)?not\s+[-+$\\]*\d(?:[\d.,/]*\d)?"
     r"|\b(?:ist\s+nicht|no\s+es|n'est\s+pas|non\s+è)\b[^\n.,]*|(?:不是|并非)[^\n。，,]*",
     re.IGNORECASE,
 )

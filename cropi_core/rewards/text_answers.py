@@ -105,18 +105,21 @@ _UNCERTAIN = re.compile(
 )
 
 
+# 3-4, 3 + 4, 10:45 and 1.2.3 are no single number.
+_PART_OF_MORE = re.compile(r"\d(?:[-:.]|\s?[+*×]\s?)\$?\Z")
+
+
 def uncertain_end(text: str) -> bool:
     """Return whether a text ends with a range or one of two numbers: "between 3 and 5", "3 or maybe 5"."""
-    tail = text[-TAIL:]
-    if " or" not in tail and "etween" not in tail:
-        return False
     tail, match = tail_match(text)
     return match is not None and bool(_UNCERTAIN.search(tail[: match.start()][-SHORT:]))
 
 
 def _last_number(text: str) -> Fraction | None:
-    _, match = tail_match(text)
-    return number_of(match) if match and not uncertain_end(text) else None
+    tail, match = tail_match(text)
+    if match is None or _PART_OF_MORE.search(tail[: match.start()]) or uncertain_end(text):
+        return None
+    return number_of(match)
 
 
 _COUNTED = re.compile(r"((?:-|\\?[$£€¥₹]\s?)*\d[\d.,/]*%?)\s+\(?[A-Za-z][^=]*\Z")
@@ -152,6 +155,14 @@ def _claimed_number(claim: str) -> Fraction | None:
     return None if listed or bounded(claim) else _last_number(_counted(claim))
 
 
+_NO_NUMBER = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:none|no\s+(?:real\s+)?solutions?|undefined|unknown|does\s+not\s+exist|dne|n/a|infinit(?:y|e)|"
+    r"(?:it\s+)?cannot\s+be\s+determined|not\s+enough\s+information)\s*\}?",
+    re.IGNORECASE,
+)
+"""Claims that there is no number."""
+
+
 def numeric(completion: str, answer: str) -> float:
     r"""Compare the number that a completion claims with the answer, as exact rationals.
 
@@ -172,6 +183,8 @@ def numeric(completion: str, answer: str) -> float:
     claim = final_answer(completion)
     if claim is not None and (re.search(r"\d", claim) or number_word(claim) is not None):
         return float(_claimed_number(claim) == expected.value)
+    if claim is not None and _NO_NUMBER.fullmatch(tidy(claim)):
+        return 0.0
     statement = prose_numbers(stated(text) or "")
     if re.search(r"\d", statement) or number_word(statement) is not None:
         return float(_claimed_number(statement) == expected.value)
@@ -215,6 +228,7 @@ _DENIED = re.compile(
     rf"\b(?i:answer|option|choice)[\s*_]*+(?i:is|was|can|could)(?i:\s*+(?:not|neither|never|none)\b|n't\b){_STOP}"
     rf"|\b(?i:neither)\b{_STOP}"
     r"|\b(?i:not|isn't|nor|except|can't\s+be|cannot\s+be|not\s+be|rule\s+out|eliminate)\s++(?i:(?:option|choice)\s++)?\(?[A-Z]\b\)?"
+    r"|(?i:\b(?:not|never)|n't)\s+(?i:pick|choose|select|go\s+with)\s+(?i:(?:option|choice)\s+)?\(?[A-Z]\b\)?"
     r"|(?:不是|并非|不选|不選|不可能是)\s*+\(?[A-Z]\)?"
     r"|(?:\(?\b[A-Z]\b\)?\s?(?:,|and|or)\s?){0,4}\(?\b[A-Z]\b\)?\s(?:is|are)\s+(?:wrong|incorrect|false|not)\b"
 )
