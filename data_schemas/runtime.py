@@ -71,8 +71,8 @@ class Runtime(Section):
     token_budget: int = Field(
         default=8192,
         ge=1,
-        description="Tokens of one gradient pass; halved when memory runs out. A longer completion is read alone, and "
-        "its activations are computed twice instead of kept.",
+        description="Tokens of one gradient pass; halved when memory runs out, until some passes have succeeded. A "
+        "longer completion is read alone, and its activations are computed twice instead of kept.",
     )
     workers: int = Field(
         default=1, ge=1, description="Processes computing gradient shards; each takes one GPU."

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cropi_core.errors import StepError
 from cropi_core.gradients.engine import FeatureEngine
-from cropi_core.gradients.groups import Group, batch_groups
+from cropi_core.gradients.groups import Group, batch_groups, cut_batch
 from cropi_core.gradients.job import Job
 from cropi_core.gradients.objective import token_weights
 from cropi_core.gradients.packing import Pack, make_pack, packed_tokens
@@ -19,24 +19,53 @@ from cropi_core.policy import is_out_of_memory
 
 FIXED_TOKENS = 16_384
 """Token budget of a group in deterministic mode, regardless of runtime.token_budget."""
+PATIENCE = 8
+"""Half of the passes without a failure after which a budget grows back for the first time."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Budget:
-    """Most tokens of one pass; halved when memory runs out, for all later passes too."""
+    """Most tokens of one pass: halved when memory runs out, and doubled after passes that did not.
+
+    One unusual group, or another process on the GPU for a moment, must not slow down the rest of a run. Each failure
+    doubles the number of passes until the next attempt, so a budget that is too large in general costs ever less.
+
+    Attributes:
+        tokens: The budget.
+        most: The largest budget, the configured one; ``tokens`` at first.
+        patience: Passes without a failure before the budget grows.
+        passes: Passes since the last change.
+    """
 
     tokens: int
+    most: int = 0
+    patience: int = PATIENCE
+    passes: int = 0
+
+    def __post_init__(self) -> None:
+        """Take the first budget as the largest."""
+        self.most = self.most or self.tokens
 
     def halve(self, error: BaseException) -> None:
         """Halve the budget and log a warning."""
         self.tokens //= 2
+        self.patience, self.passes = 2 * self.patience, 0
         log.warning(
-            "out of memory (%s): continuing with %d tokens per pass. Set runtime.token_budget to this to avoid retries",
+            "out of memory (%s): continuing with %d tokens per pass, and trying twice as many after %d passes. Set "
+            "runtime.token_budget=%d to avoid retries",
             str(error).splitlines()[0][:120],
             self.tokens,
+            self.patience,
+            self.tokens,
         )
+
+    def passed(self) -> None:
+        """Count a pass within memory; let the budget grow back when enough of them were made."""
+        self.passes += 1
+        if self.tokens < self.most and self.passes >= self.patience:
+            self.tokens, self.passes = min(self.most, 2 * self.tokens), 0
 
 
 def project_blocks(
@@ -52,10 +81,11 @@ def project_blocks(
         StepError: Memory ran out on a single completion.
     """
     fixed = job.deterministic
-    for members in batch_groups(groups, 1 if fixed else job.settings.layout.block_rows, budget.tokens):
+    for members in batch_groups(groups, 1 if fixed else job.settings.layout.block_rows, budget.most):
         queue = [members]
         while queue:
-            batch = queue.pop(0)
+            batch, *rest = cut_batch(groups, queue.pop(0), budget.tokens)
+            queue = rest + queue
             chosen = [groups[i] for i in batch]
             try:
                 rows, statistics = project_groups(
@@ -70,6 +100,7 @@ def project_blocks(
                 queue = [part for part in (batch[:half], batch[half:]) if part] + queue
                 continue
             values = rows.cpu().numpy()
+            budget.passed()
             finite = [bool(np.isfinite(row).all()) for row in values]
             if len(batch) > 1 and not all(finite):
                 # An infinite weight of one prompt makes 0 times infinity in sums over the batch. These prompts are

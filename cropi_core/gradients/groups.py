@@ -95,13 +95,18 @@ def batch_groups(groups: list[Group], block_rows: int, token_budget: int) -> Ite
     """
     for begin in range(0, len(groups), block_rows):
         block = [i for i in range(begin, min(begin + block_rows, len(groups))) if groups[i].status == OK]
-        batch: list[int] = []
-        tokens = 0
-        for i in sorted(block, key=lambda i: (groups[i].packed, i)):
-            if batch and tokens + groups[i].packed > token_budget:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
+        yield from cut_batch(groups, sorted(block, key=lambda i: (groups[i].packed, i)), token_budget)
+
+
+def cut_batch(groups: list[Group], indices: list[int], token_budget: int) -> list[list[int]]:
+    """Cut a list of groups, in its order, into batches within the token budget, or of a single group."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in indices:
+        if batches and tokens + groups[i].packed <= token_budget:
+            batches[-1].append(i)
             tokens += groups[i].packed
-        if batch:
-            yield batch
+        else:
+            batches.append([i])
+            tokens = groups[i].packed
+    return batches

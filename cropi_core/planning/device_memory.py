@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cropi_core.gradients import PIECE_BYTES, folded_sizes, parameter_names
 from cropi_core.planning.cards import Card
+from cropi_core.rollouts import BATCH_BYTES as PARITY_BYTES
 from data_schemas import Config, Layers, Projection, Runtime, Sampling, Vllm
 
 SPARE_BYTES = 1.5e9
@@ -274,7 +275,9 @@ def _sampling(
     least = (weights + cache) / split + SPARE_BYTES
     parts = {"vLLM": share * card.memory_bytes if card else least}
     if vllm.parity_device != "cpu":
-        parts["weights of the parity check"] = shape.parameters * 4
+        parts["parity check"] = (
+            shape.parameters * 4 + 4 * PARITY_BYTES
+        )  # logits, log-probabilities, sorted ones, sums
     advice = (
         "--gpu-memory-utilization in runtime.vllm.arguments, fewer runtime.vllm.servers on a GPU (runtime.vllm.gpus), "
         "or --tensor-parallel-size"

@@ -4,6 +4,7 @@ from .collect import sample_rollouts as sample_rollouts
 from .halving import HALVES as HALVES
 from .halving import halve_rollouts as halve_rollouts
 from .merging import merge_rollouts as merge_rollouts
+from .parity import BATCH_BYTES as BATCH_BYTES
 from .parity import Parity as Parity
 from .parity import completion_logprobs as completion_logprobs
 from .parity import parity_summary as parity_summary

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cropi_core.policy import embedded_tokens
 from data_schemas import Sampling, Vllm
 
 PARITY = b"cropi.parity"
 """Metadata key of a part sampled by vLLM: the comparison of a few of its completions."""
 LIMITS = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 1.0)}
 """Largest mean and largest single |Δ log-probability| against a float32 forward pass, by the type of the weights."""
+BATCH_BYTES = 1 << 30
+"""Float32 logits of the completions that are compared in one forward pass."""
 
 Row = tuple[list[int], list[int], Sequence[float]]
 """Token ids of a prompt and of a completion, and the log-probabilities that another program reports for the latter."""
@@ -111,7 +114,6 @@ def truncated_logprobs(
     return chosen - mass.log(), chosen.exp() >= least
 
 
-@torch.inference_mode()
 def completion_logprobs(
     model: PreTrainedModel, prompt: list[int], completion: list[int], sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
@@ -126,9 +128,27 @@ def completion_logprobs(
     Returns:
         (T,) log-probabilities and (T,) bool, on the model's device.
     """
-    ids = torch.tensor([prompt + completion], device=model.device)
-    logits = model(ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1].float()
-    return truncated_logprobs(logits, ids[0, len(prompt) :], sampling.temperature, sampling.top_p)
+    return _batch_logprobs(model, [(prompt, completion)], sampling)[0]
+
+
+@torch.inference_mode()
+def _batch_logprobs(
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], sampling: Sampling
+) -> list[tuple[Tensor, Tensor]]:
+    """Compute several completions in one forward pass.
+
+    Rows are padded on the right. No mask is needed: attention is causal, so no token sees the padding after it.
+    """
+    rows = [prompt + completion for prompt, completion in pairs]
+    width, first = max(map(len, rows)), min(len(prompt) for prompt, _ in pairs) - 1
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    logits = model(ids, logits_to_keep=width - first, use_cache=False).logits
+    results = []
+    for (prompt, completion), row, row_logits in zip(pairs, ids, logits, strict=True):
+        begin, end = len(prompt), len(prompt) + len(completion)
+        part = row_logits[begin - 1 - first : end - 1 - first].float()
+        results.append(truncated_logprobs(part, row[begin:end], sampling.temperature, sampling.top_p))
+    return results
 
 
 def measure(model: PreTrainedModel, rows: Iterable[Row], sampling: Sampling) -> Parity:
@@ -140,11 +160,26 @@ def measure(model: PreTrainedModel, rows: Iterable[Row], sampling: Sampling) -> 
         sampling: The distribution that the log-probabilities are reported for.
     """
     parity = Parity()
-    for prompt, completion, reported in rows:
-        logprobs, kept = completion_logprobs(model, prompt, completion, sampling)
-        gaps = (logprobs.double().cpu() - torch.tensor(reported, dtype=torch.float64)).abs()
-        parity += Parity(1, len(completion), float(gaps.sum()), float(gaps.max()), int((~kept).sum()))
+    for batch in batches(list(rows), embedded_tokens(model)):
+        pairs = [(prompt, completion) for prompt, completion, _ in batch]
+        computed = _batch_logprobs(model, pairs, sampling)
+        for (_, completion, reported), (logprobs, kept) in zip(batch, computed, strict=True):
+            gaps = (logprobs.double().cpu() - torch.tensor(reported, dtype=torch.float64)).abs()
+            parity += Parity(1, len(completion), float(gaps.sum()), float(gaps.max()), int((~kept).sum()))
     return parity
+
+
+def batches(rows: Sequence[Row], vocabulary: int) -> list[list[Row]]:
+    """Cut rows into batches of similar lengths whose logits take at most :data:`BATCH_BYTES`, or of a single row."""
+    cut: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row[0]) + len(row[1]), reverse=True):
+        longest = cut[-1][0] if cut else row
+        width = len(longest[0]) + len(longest[1])  # an upper bound: the logits of prompts are not computed
+        if cut and (len(cut[-1]) + 1) * width * vocabulary * 4 <= BATCH_BYTES:
+            cut[-1].append(row)
+        else:
+            cut.append([row])
+    return cut
 
 
 def parity_limits(settings: Vllm, dtype: str) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from data_schemas.vllm import Vllm
 from tests.support import tiny
 from tests.support.live_memory import LiveBytes
 
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_attention_heads": 4,
@@ -55,7 +56,8 @@ PROMPT = 256
 def qwen(path):
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-    return Qwen2Config(**dict(zip(names, QWEN[path], strict=True)))
+    values: dict[str, Any] = dict(zip(names, QWEN[path], strict=True))
+    return Qwen2Config(**values)
 
 
 def needs_of(config, card=None):
@@ -64,7 +66,7 @@ def needs_of(config, card=None):
 
 
 def engine_of(kind, number, form, layers):
-    config = CONFIG_MAPPING[kind](**WIDTHS, num_hidden_layers=layers)
+    config = CONFIG_MAPPING[kind](**(WIDTHS | {"num_hidden_layers": layers}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=TYPES[number], attn_implementation="sdpa").eval()
     return FeatureEngine(model, Projection(k=64, form=form)), config
