@@ -171,12 +171,33 @@ def test_mlflow_has_the_run_once_and_completes_an_interrupted_one(store: Store, 
     check()
     again = log_run(store, RUN, "mlflow", to=str(where), project="mine")
     assert (again.new, again.id) == (False, first.id)
-    # An interruption leaves a run without the last tag and without its last metrics.
-    client.delete_tag(first.id, "cropi.complete")
+    client.delete_tag(first.id, "cropi.complete")  # an interruption before the last request
     assert log_run(store, RUN, "mlflow", to=str(where), project="mine").id == first.id
     check()
     experiment = client.get_experiment_by_name("mine")
     assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+@needs("mlflow")
+def test_mlflow_gets_only_what_an_interruption_left_out(store: Store, tmp_path: Path):
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    where = tmp_path / "ml"
+    where.mkdir()
+    client = MlflowClient(f"sqlite:///{where}/mlflow.db")
+    experiment = client.create_experiment("cropi", artifact_location=(where / "artifacts").as_uri())
+    tags = {"cropi.run": RUN, "cropi.digest": collect(store, RUN, tmp_path / "content").digest}
+    begun = client.create_run(experiment, tags=tags).info.run_id
+    client.log_batch(
+        begun, metrics=[Metric("training/reward", 0.25, 0, 1), Metric("accuracy/goal", 0.5, 0, 0)]
+    )
+    assert log_run(store, RUN, "mlflow", to=str(where)).id == begun
+    for name, expected in {
+        "training/reward": [(1, 0.25), (2, 0.75)],
+        "accuracy/goal": [(0, 0.5), (1, 0.75)],
+    }.items():
+        assert sorted((m.step, m.value) for m in client.get_metric_history(begun, name)) == expected
 
 
 @needs("mlflow")
