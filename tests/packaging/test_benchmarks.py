@@ -140,6 +140,8 @@ def test_the_gpu_benchmark_runs_its_path_on_a_cpu(tmp_path: Path):
     result = json.loads(out.read_text())
     assert result["prompts_per_second"] > 0
     assert 0 < result["share_of_matrix_rate"] < 1
+    assert 0 < result["packing_share"] < 1
+    assert result["head_prompts_per_second"] > 0
     assert result["machine"].keys() >= MACHINE
 
 
