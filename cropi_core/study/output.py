@@ -81,7 +81,7 @@ def write_study(
 
 
 def into_page(page: Path, name: str, tables: Path, picture: Path) -> None:
-    """Insert a study's tables between its markers in a Markdown page, and write its figure next to the page.
+    """Insert a study's tables between its markers in a Markdown page, and write its figure under the page's name.
 
     The markers are lines: ``<!-- study NAME -->`` and ``<!-- end of study NAME -->``. The text between them is
     replaced.
@@ -97,7 +97,7 @@ def into_page(page: Path, name: str, tables: Path, picture: Path) -> None:
         raise ConfigError(
             f"{page} must have a line {begin.strip()!r} and below it {end!r}, each once; the tables go between them"
         )
-    figure = page.with_name(f"{name}.png")
+    figure = page.with_suffix(".png")
     figure.write_bytes(picture.read_bytes())
     body = tables.read_text(encoding="utf-8").replace("(accuracy.png)", f"({figure.name})")
     write_atomic(page, f"{before}{begin}\n{body}\n{end}{after}")

@@ -411,8 +411,8 @@ def test_tables_go_between_the_marks_of_a_page_and_nowhere_else(ran, tmp_path):
         assert text.startswith(around[0])
         assert text.endswith(around[1])
         assert "earlier" not in text
-        assert "](tiny.png)" in text
-        assert (tmp_path / "tiny.png").read_bytes() == files["picture"].read_bytes()
+        assert "](evidence.png)" in text
+        assert (tmp_path / "evidence.png").read_bytes() == files["picture"].read_bytes()
     for wrong in ("", around[0], "".join(reversed(around)), around[0] * 2 + around[1]):
         page.write_text(wrong, encoding="utf-8")
         with pytest.raises(ConfigError, match="each once"):
