@@ -4,6 +4,9 @@ from .bounded import read_open_table as read_open_table
 from .bounded import read_table as read_table
 from .bounded import refuse_pointer as refuse_pointer
 from .cache import evict as evict
+from .checksums import file_crc32c as file_crc32c
+from .checksums import forget_checksums as forget_checksums
+from .checksums import remove_damaged as remove_damaged
 from .keys import content_digest as content_digest
 from .keys import file_entries as file_entries
 from .keys import file_sha256 as file_sha256

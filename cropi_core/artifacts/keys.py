@@ -73,7 +73,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse untrusted JSON.
 
     Raises:
-        ValueError: It is not JSON, is not UTF-8, or nests deeper than ``DEEPEST``.
+        ValueError: It is not JSON, is not UTF-8, nests deeper than ``DEEPEST``, or has a number that is not finite or
+            half of a surrogate pair: neither can be written again, as a checksum of the content needs.
     """
     try:
         value = json.loads(text)
@@ -88,8 +89,18 @@ def parse_json(text: str | bytes) -> Any:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
         if not level:
-            return value
+            return _writable(value)
     raise ValueError(f"it nests deeper than {DEEPEST} levels")
+
+
+def _writable(value: Any) -> Any:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair") from None
+    except ValueError:
+        raise ValueError("it has a number that is not finite") from None
+    return value
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi_core.artifacts.bounded import MOST_TEXT, PACKED, read_table, refuse_other_content, text_chunks
+from cropi_core.artifacts.checksums import keep_checksum
 from cropi_core.errors import ConfigError, DataError, foreign_errors, recorded_errors
 
 JSONL = (".jsonl", ".ndjson")
@@ -370,13 +371,24 @@ def floats(column: pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.float64()).to_numpy().astype(np.float64)
 
 
-def write_parquet(table: pa.Table, path: Path, row_group_size: int | None = None) -> None:
-    """Write a Parquet file atomically; equal tables give equal bytes."""
+def write_parquet(
+    table: pa.Table, path: Path, row_group_size: int | None = None, *, checksum: bool = False
+) -> None:
+    """Write a Parquet file atomically; equal tables give equal bytes.
+
+    Args:
+        table: The table.
+        path: The file.
+        row_group_size: Rows of a group; None leaves it to the library.
+        checksum: Keep a checksum until the step ends (:mod:`cropi_core.artifacts.checksums`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed name: the next attempt overwrites the file of a killed attempt, and never publishes it.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_size)
+        if checksum:
+            keep_checksum(temporary, path)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """The layout of the gradient store on disk: arrays, codec, attributes, and checks of what is written and read."""
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from zarr.codecs import ZstdCodec
 from cropi_core.errors import ArtifactError, DataError, foreign_errors
 from cropi_core.gradients.reader import ABSENT, ShardLayout, content_size, widen
 from data_schemas import STATUSES
+
+log = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "cropi-gradients", 2
 RESERVED = ("format", "format_version", "finished")
@@ -108,6 +112,38 @@ def column(group: zarr.Group, name: str, n: int, dtype: str, fill: float | str) 
     )
 
 
+def restore_metadata(path: Path, fresh: Path, *, readable: bool) -> bool:
+    """Replace files of an unfinished store that differ from those of a fresh one with the same settings.
+
+    Args:
+        path: The store.
+        fresh: The new store that :func:`lay_out` has written; missing if it has become the store itself.
+        readable: Replace all files that differ; the caller has checked that the settings are the same. Otherwise only
+            metadata that is missing or not JSON.
+
+    Returns:
+        Whether a file was replaced.
+    """
+    restored = False
+    for file in sorted(p for p in fresh.rglob("*") if p.is_file()):
+        target = path / file.relative_to(fresh)
+        kept = target.read_bytes() if target.is_file() else b""
+        if kept == file.read_bytes() or not (readable or (file.suffix == ".json" and not _is_json(kept))):
+            continue
+        log.warning("%s was damaged before the gradients were finished, and is written again", target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        restored = True
+    return restored
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 def open_group(path: Path, mode: Any) -> zarr.Group:
     """Open a group and check its format and its arrays.
 
@@ -127,7 +163,8 @@ def open_group(path: Path, mode: Any) -> zarr.Group:
     arrays = ("features", "prompt_id", *COLUMNS)
     if missing := [name for name in arrays if not (path / name / "zarr.json").is_file()]:
         raise ArtifactError(f"{path} is damaged: it lacks the arrays {missing}. Compute the gradients again")
-    check_declared(path, group)
+    with foreign_errors(f"{path} has damaged metadata of an array", ArtifactError, "Compute it again"):
+        check_declared(path, group)
     return group
 
 

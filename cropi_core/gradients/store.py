@@ -18,9 +18,12 @@ the shards, the number of writers or interruptions.
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import zarr
 
+from cropi_core.artifacts import file_crc32c
 from cropi_core.errors import ArtifactError, DataError, foreign_errors
 from cropi_core.gradients.layout import (
     COLUMNS,
@@ -39,6 +43,7 @@ from cropi_core.gradients.layout import (
     lay_out,
     open_group,
     pack,
+    restore_metadata,
     sync,
     unpack,
     write_rows,
@@ -47,6 +52,10 @@ from cropi_core.gradients.reader import direct_layout, in_order, read_rows, thre
 
 Result = TypeVar("Result")
 BLOCK_BYTES = 64 << 20
+CHECKSUM = "crc32c"
+"""Entry of a marker: the checksum of its shard's file."""
+
+log = logging.getLogger(__name__)
 
 
 class GradientStore:
@@ -55,7 +64,8 @@ class GradientStore:
     def __init__(self, path: Path, group: zarr.Group) -> None:
         self.path = path
         self._group = group
-        self._features = cast(zarr.Array, group["features"])
+        with foreign_errors(f"{path} cannot be opened as a Zarr group", ArtifactError, "Compute it again"):
+            self._features = cast(zarr.Array, group["features"])
         self.n, self.k = (int(size) for size in self._features.shape)
         shards = self._features.shards
         if shards is None:
@@ -98,15 +108,33 @@ class GradientStore:
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            staging = path.with_name(f".{path.name}.creating")
+            shutil.rmtree(staging, ignore_errors=True)
+            lay_out(staging, prompt_ids, k, dtype, rows_per_shard, attributes)
             if not path.exists():
-                staging = path.with_name(f".{path.name}.creating")
-                shutil.rmtree(staging, ignore_errors=True)
-                lay_out(staging, prompt_ids, k, dtype, rows_per_shard, attributes)
                 staging.rename(path)
+            restore_metadata(path, staging, readable=False)
+            same = (prompt_ids, k, dtype, rows_per_shard, attributes)
+            try:
+                store = cls._opened(path, *same)
+            except ArtifactError as error:
+                # Without a cause it is another store, or none.
+                if error.__cause__ is None or not restore_metadata(path, staging, readable=True):
+                    raise
+                store = cls._opened(path, *same)
+            if not store.finished:
+                if restore_metadata(path, staging, readable=True):
+                    store = cls(path, open_group(path, "r+"))
+                store._forget_damaged_shards()
         finally:
+            shutil.rmtree(path.with_name(f".{path.name}.creating"), ignore_errors=True)
             os.close(handle)
+        return store
+
+    @classmethod
+    def _opened(cls, path: Path, *same: Any) -> "GradientStore":
         store = cls(path, open_group(path, "r+"))
-        store._check_same(prompt_ids, k, dtype, rows_per_shard, attributes)
+        store._check_same(*same)
         return store
 
     @classmethod
@@ -202,12 +230,34 @@ class GradientStore:
             self._shard_file(shard).unlink(missing_ok=True)
         marker = self._marker(shard)
         marker.parent.mkdir(exist_ok=True)
+        checked[CHECKSUM] = np.array(self._checksum(shard))
         temporary = marker.with_name(f"{marker.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as stream:
             np.savez(stream, **cast(dict[str, Any], checked))
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(marker)
+
+    def _checksum(self, shard: int) -> str:
+        """Return the checksum of a shard's file; empty for a shard of zeros, which has none."""
+        file = self._shard_file(shard)
+        return file_crc32c(file) if file.exists() else ""
+
+    def _forget_damaged_shards(self) -> None:
+        """Remove the markers of shards that a power failure or a failing disk has changed; they are computed again."""
+        for shard in range(self.shards):
+            marker = self._marker(shard)
+            if not marker.exists():
+                continue
+            try:
+                with np.load(marker) as kept:
+                    whole = all(len(kept[name]) for name in COLUMNS)
+                    whole = whole and str(kept[CHECKSUM]) == self._checksum(shard)
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError):
+                whole = False
+            if not whole:
+                log.warning("shard %d of %s was damaged; it is computed again", shard, self.path)
+                marker.unlink()
 
     def finish(self) -> None:
         """Gather the columns, mark the store as finished, and remove the markers. Repeated calls do nothing.
@@ -300,7 +350,8 @@ class GradientStore:
         return out
 
     def _array(self, name: str) -> zarr.Array:
-        return cast(zarr.Array, self._group[name])
+        with foreign_errors(f"{self.path}/{name} is damaged", ArtifactError, "Compute the gradients again"):
+            return cast(zarr.Array, self._group[name])
 
     def _read(self, array: zarr.Array, rows: slice) -> np.ndarray:
         with self._readable(array.path):

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cropi_core.artifacts import read_parquet, write_parquet
+from cropi_core.artifacts import forget_checksums, read_parquet, remove_damaged, write_parquet
 from cropi_core.errors import ConfigError, foreign_errors
 from cropi_core.policy import Checkpoint
 from cropi_core.progress import Progress, Report, silent
@@ -110,6 +110,7 @@ def sample_rollouts(
     out.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(policy, plan)
     every = _shards(table, plan.shard_prompts)
+    _remove_damaged_parts(out)
     _check_parts(out, every, metadata)
     missing = _missing(every, out)
     reasons: Counter[str] = Counter()
@@ -136,6 +137,7 @@ def sample_rollouts(
                 reasons, later = _write_passes(draw, out, every, plan, metadata, verifier, report)
             warnings += later
     shutil.rmtree(_passes_path(out), ignore_errors=True)
+    forget_checksums(out)
     report(Progress(table.num_rows, table.num_rows, "prompt"))
     sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
     summary = summarise_rollouts(read_rollouts(out), sources)
@@ -188,6 +190,12 @@ def _shards(table: pa.Table, shard_prompts: int) -> Rows:
 def _missing(shards: Rows, out: Path) -> Rows:
     """Return the shards without a part in ``out``; a shard without prompts needs none."""
     return {i: rows for i, rows in shards.items() if rows and not part_path(out, i).exists()}
+
+
+def _remove_damaged_parts(out: Path) -> None:
+    """Remove the parts that do not match their checksums, so that they are sampled again."""
+    for path in remove_damaged(out, "part-*.parquet"):
+        log.warning("%s was damaged after it was written; its prompts are sampled again", path)
 
 
 def _check_parts(out: Path, shards: Rows, metadata: dict[bytes, bytes]) -> None:
@@ -256,6 +264,7 @@ def _write_passes(
     for number, size in enumerate(sizes):
         folder = _passes_path(out) / str(number)
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_damaged_parts(folder)
         _check_parts(folder, rows, metadata)
         if missing := _missing(rows, folder):
             sampling = plan.sampling.model_copy(update={"samples": size - before})
@@ -281,7 +290,9 @@ def _write_passes(
         else:
             rows = _next_pass(out, number, rows, sizes[number + 1] - size, plan.passes.min_chance)
     for index, prompts in _missing(shards, out).items():
-        write_parquet(_joined(_pass_tables(out, len(sizes), index), prompts), part_path(out, index))
+        write_parquet(
+            _joined(_pass_tables(out, len(sizes), index), prompts), part_path(out, index), checksum=True
+        )
     return reasons, warnings
 
 
@@ -354,7 +365,9 @@ def _write_parts(
         table = _graded(verifier, parts.missing[shard.index], shard, reasons, parts.start)
         parity = {PARITY: shard.parity.to_json().encode()} if shard.parity else {}
         write_parquet(
-            table.replace_schema_metadata(parts.metadata | parity), part_path(parts.out, shard.index)
+            table.replace_schema_metadata(parts.metadata | parity),
+            part_path(parts.out, shard.index),
+            checksum=True,
         )
         finished += len(parts.missing[shard.index])
         if warnings is None:

@@ -73,7 +73,7 @@ from cropi_core.training.trainer import (
     StageTrainer,
     Watch,
     build_trainer,
-    file_sizes,
+    file_sums,
 )
 from data_schemas import Grading, Objective, Runtime, Training
 
@@ -350,15 +350,21 @@ def selected_rows(prompts: Path, selection: Path, least: int) -> list[dict[str, 
 
 
 def last_whole(scratch: Path) -> Path | None:
-    """Find the newest complete checkpoint in ``scratch`` and delete incomplete ones."""
+    """Find the newest complete checkpoint in ``scratch`` and delete incomplete and damaged ones."""
     complete = []
     for directory in scratch.glob("checkpoint-*"):
-        marker = directory / MARKER
-        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == file_sizes(directory):
+        if _is_whole(directory):
             complete.append(directory)
         else:
             shutil.rmtree(directory)
     return max(complete, key=step_of, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / MARKER).read_bytes()) == file_sums(checkpoint)
+    except (FileNotFoundError, ValueError):  # killed before the marker was written, or the marker is damaged
+        return False
 
 
 def step_of(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from cropi_core.artifacts import write_atomic
+from cropi_core.artifacts import file_crc32c, write_atomic
 from cropi_core.errors import ConfigError
 from cropi_core.policy import checkpoint_files, is_out_of_memory, render, restore_state
 from cropi_core.progress import Progress, Report
@@ -36,7 +36,7 @@ except ImportError as error:
     ) from error
 
 MARKER = "whole.json"
-"""Written last into a checkpoint of the stage's scratch directory: the names and sizes of its files."""
+"""Written last into a checkpoint of the stage's scratch directory: the names, sizes and checksums of its files."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ class Watch(TrainerCallback):
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.draws is not None and self.draws.belief is not None:
             write_atomic(directory / STATE, json.dumps(self.draws.state()))
-        write_atomic(directory / MARKER, json.dumps(file_sizes(directory)))
+        write_atomic(directory / MARKER, json.dumps(file_sums(directory)))
 
 
 class StageTrainer(GRPOTrainer):
@@ -323,10 +323,10 @@ class StageTrainer(GRPOTrainer):
         """Write none; checkpoints of ``scratch`` need no description."""
 
 
-def file_sizes(directory: Path) -> dict[str, int]:
-    """List the files of a checkpoint with their sizes in bytes, without the marker."""
+def file_sums(directory: Path) -> dict[str, list[int | str]]:
+    """List the files of a checkpoint with their sizes in bytes and their CRC-32C, the marker left out."""
     return {
-        path.relative_to(directory).as_posix(): path.stat().st_size
+        path.relative_to(directory).as_posix(): [path.stat().st_size, file_crc32c(path)]
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MARKER
     }

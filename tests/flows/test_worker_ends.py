@@ -89,8 +89,7 @@ def test_a_run_of_a_killed_worker_is_crashed_leaves_no_process_and_resumes(
         os.kill(pid, signal.SIGKILL)
     started.wait(60)
     until(lambda: not any(b"prefect.engine" in command_of(pid) for pid in below), 120)
-    record = load_run(store, run_id(config))
-    assert state_name(store, record) == "Crashed"
+    until(lambda: state_name(store, load_run(store, run_id(config))) == "Crashed", 60)
     state = answer(f"{desk.url}/flow_runs/{flow_run}")["state"]
     assert state["name"] == ("Running" if whole else "Crashed"), state
     keys = store.keys()

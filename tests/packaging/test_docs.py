@@ -116,6 +116,16 @@ ELSEWHERE = {  # what cannot be run here, and who does
         ],
         "a bucket; tests/cropi_core/artifacts/test_remote.py and tests/e2e/test_remote_run.py have one",
     ),
+    **dict.fromkeys(
+        [
+            "python -m tests.campaigns.damage --count 700 --root /tmp/damage",
+            "python -m tests.campaigns.power --count 300 --root /tmp/power",
+            "python -m tests.campaigns.malformed --count 20000 --root /tmp/malformed",
+            "python -m tests.campaigns.kills --kills 200 --root /tmp/kills",
+            "python -m tests.campaigns.faults --count 40 --root /tmp/faults",
+        ],
+        "an hour each; tests/campaigns/test_campaigns.py runs the first cases",
+    ),
     "prefect server start": "tests/flows/test_shared_server.py",  # the first of two, for PostgreSQL
 }
 

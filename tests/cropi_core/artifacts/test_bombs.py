@@ -216,3 +216,19 @@ def test_json_is_bounded_in_depth():
     assert parse_json("[[1]]") == [[1]]
     with pytest.raises(ValueError, match="nests deeper"):
         parse_json("[" * 70 + "]" * 70)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', "[NaN]", "[-Infinity]", '"\\ud800"', '{"\\udc80": 1}'])
+def test_json_that_could_not_be_written_again_is_refused(text):
+    """One changed byte makes 1e999 of a manifest's 1.999; its checksum then ended in a traceback."""
+    with pytest.raises(ValueError, match=r"not finite|surrogate"):
+        parse_json(text)
+
+
+def test_a_manifest_with_a_number_that_is_not_finite_is_damaged(tmp_path):
+    store = Store(tmp_path)
+    made = publish(store)
+    path = store.path(made) / MANIFEST
+    text = path.read_text()
+    path.write_text(text[:-1].rstrip("}\n") + ', "summary": {"a": 1e999}}')
+    assert any("not finite" in fault for fault in store.faults(made.key))

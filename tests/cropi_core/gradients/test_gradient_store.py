@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import shutil
 import signal
 import sys
 import textwrap
@@ -162,6 +163,52 @@ def test_a_flipped_bit_is_an_error_and_not_a_score(tmp_path: Path):
     shard.write_bytes(data)
     with pytest.raises(ArtifactError, match="damaged"):
         store.rows(0, ROWS)
+
+
+def test_a_changed_byte_of_an_unfinished_store_does_not_reach_the_finished_one(tmp_path: Path):
+    """Each file in turn, at three places: resumed to the same bytes, or an error that names the store."""
+    filled(tmp_path / "whole.zarr")
+    expected = tree(tmp_path / "whole.zarr")
+    begun = create(tmp_path / "begun.zarr")
+    for shard in (0, 1):
+        write(begun, shard)
+    names = [p.relative_to(begun.path) for p in sorted(begun.path.rglob("*")) if p.is_file()]
+    assert any(".done" in name.parts for name in names)
+    resumed, named = 0, []
+    for number, name in enumerate(names):
+        copy = tmp_path / f"{number}.zarr"
+        shutil.copytree(begun.path, copy)
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) * (number % 3 + 1) // 4] ^= 1
+        (copy / name).write_bytes(data)
+        try:
+            store = create(copy)
+        except ArtifactError as error:
+            named.append(str(copy) in str(error))
+            continue
+        for shard in range(store.shards):
+            if not store.done(shard):
+                write(store, shard)
+        store.finish()
+        assert tree(copy) == expected, name
+        resumed += 1
+    assert all(named)
+    assert resumed > len(names) // 2
+
+
+@pytest.mark.parametrize("name", ["norm/zarr.json", "zarr.json", ".done/0.npz", "features/c/0/0"])
+def test_a_file_that_a_power_failure_left_empty_is_written_again(tmp_path: Path, name: str):
+    filled(tmp_path / "whole.zarr")
+    store = create(tmp_path / "a.zarr")
+    for shard in range(store.shards):
+        write(store, shard)
+    (store.path / name).write_bytes(b"")
+    again = create(store.path)
+    for shard in range(again.shards):
+        if not again.done(shard):
+            write(again, shard)
+    again.finish()
+    assert tree(store.path) == tree(tmp_path / "whole.zarr")
 
 
 def test_what_is_not_a_store_is_refused(tmp_path: Path):

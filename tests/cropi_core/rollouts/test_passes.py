@@ -100,10 +100,10 @@ def test_an_interruption_loses_at_most_one_part_and_changes_no_byte(
     while True:
         parts = iter([True])
 
-        def stopping(table, path, parts=parts):
+        def stopping(table, path, parts=parts, **options):
             if next(parts, None) is None:
                 raise KeyboardInterrupt
-            written(table, path)
+            written(table, path, **options)
 
         monkeypatch.setattr(collect, "write_parquet", stopping)
         try:

@@ -109,14 +109,16 @@ def test_metrics_leave_out_the_closing_entry_and_keep_unknown_rewards_null():
     }
 
 
-def test_a_checkpoint_without_marker_or_with_a_cut_file_is_incomplete(tmp_path: Path):
-    for step in (2, 10, 12, 14):
+def test_a_checkpoint_without_marker_or_with_a_cut_or_changed_file_is_incomplete(tmp_path: Path):
+    for step in (2, 10, 12, 14, 16, 18):
         directory = tmp_path / f"checkpoint-{step}"
         directory.mkdir()
         (directory / "model.safetensors").write_bytes(b"weights")
         if step != 14:
-            (directory / grpo.MARKER).write_text(json.dumps(grpo.file_sizes(directory)))
+            (directory / grpo.MARKER).write_text(json.dumps(grpo.file_sums(directory)))
     (tmp_path / "checkpoint-12" / "model.safetensors").write_bytes(b"weigh")
+    (tmp_path / "checkpoint-16" / "model.safetensors").write_bytes(b"Weights")
+    (tmp_path / "checkpoint-18" / grpo.MARKER).write_bytes(b"\0\0\0")
     assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert last_whole(tmp_path / "absent") is None
