@@ -342,7 +342,7 @@ def test_the_command_writes_json_and_leaves_nothing(tmp_path):
     cropi(file, "--help", TMPDIR=str(scratch))  # starts the warm process, which keeps its first environment
     done = cropi(file, "--json", "--root", tmp_path / "root", TMPDIR=str(scratch), CROPI_MARK=str(tmp_path))
     result = json.loads(done.stdout)
-    assert result.keys() == {"run", "calibration", "steps", "stages", "totals", "notes"}
+    assert result.keys() == {"run", "calibration", "steps", "stages", "totals", "device_memory", "notes"}
     assert all(row.keys() == ROW for row in [*result["steps"], *result["stages"], result["totals"]])
     assert result["totals"]["seconds"] > 0
     assert result["totals"]["peak_memory_bytes"] > 1e8
