@@ -76,6 +76,13 @@ class Run:
         self.record.notes.append(text)
         self.notify(text)
 
+    def note_warnings(self, slot: str, ref: ArtifactRef) -> None:
+        """Add an artifact's own warnings to the notes of the run."""
+        summary = self.store.manifest(ref).summary
+        warnings = [summary.get("parity", {}).get("warning"), *summary.get("verifier_warnings", [])]
+        for warning in filter(None, warnings):
+            self.note(f"{slot}: {warning}")
+
     def step(
         self,
         step: StepName,

@@ -35,10 +35,11 @@ def sets_of(tmp_path, action, ngram=13):
 
 def prompts_of(config, root):
     """Run only the steps that produce prompts."""
-    from cropi_core.curriculum.curriculum import Curriculum
     from cropi_core.curriculum.execution import run_step
+    from cropi_core.curriculum.run import Run
+    from cropi_core.curriculum.start import prompt_sets
 
     store = Store(root)
     store.prepare()
-    sets = Curriculum(config, store, lambda spec: run_step(spec, store), print, None)._prompts()
+    sets, _ = prompt_sets(Run(config, store, lambda spec: run_step(spec, store), print))
     return store, sets

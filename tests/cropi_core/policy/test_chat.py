@@ -7,8 +7,9 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from cropi_core.artifacts.store import Store
-from cropi_core.curriculum.curriculum import Curriculum
 from cropi_core.curriculum.execution import run_step
+from cropi_core.curriculum.run import Run
+from cropi_core.curriculum.start import base_policy
 from cropi_core.errors import ConfigError, PolicyError
 from cropi_core.planning.rehearsal import rehearse
 from cropi_core.policy.chat import PLAIN, chat_settings, with_arguments, write_chat
@@ -180,8 +181,7 @@ def base_key(tmp_path, checkpoint, **policy):
     config = Config.model_validate(configuration(path=str(checkpoint), **policy))
     store = Store(tmp_path / "root")
     store.prepare()
-    run = Curriculum(config, store, lambda spec: run_step(spec, store), print, None)
-    ref = run._base_policy({})
+    ref = base_policy(Run(config, store, lambda spec: run_step(spec, store), print), {})
     return ref.key, store.path(ref) / "checkpoint"
 
 
