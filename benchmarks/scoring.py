@@ -33,8 +33,8 @@ from numcodecs.zstd import Zstd
 
 from cropi_core.gradients import GradientStore, in_order, threads_here, widen_finite
 from cropi_core.scores import score
-from cropi_core.scores.influence import set_targets
 from cropi_core.scores.similarity import TILE_COLUMNS, TILE_ROWS, stream_similarities
+from cropi_core.scores.targets import set_targets
 from data_schemas.scores import Scores
 
 SHARD = 128

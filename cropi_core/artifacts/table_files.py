@@ -232,9 +232,8 @@ def arrow_batch(
         if len(first) < batch.num_rows:
             batch = batch.take(pa.array(first))
     numbers = (first + start + 1).tolist()
-    unread: list[
-        str
-    ] = []  # a timestamp can be outside Python's range, bytes need not be UTF-8: then find the rows
+    unread: list[str] = []
+    # A timestamp can be outside Python's range, and bytes need not be UTF-8: then the rows are found one by one.
     with recorded_errors(name, unread.append), _no_collection():
         return Batch(batch.to_pylist(), numbers, counts.tolist(), name)
     values, kept = [], []

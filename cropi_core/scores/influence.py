@@ -16,7 +16,7 @@ References:
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from cropi_core.scores.reliability import (
     shrunk,
     sketched,
 )
-from cropi_core.scores.similarity import nonzero, stream_nearest, stream_similarities
+from cropi_core.scores.similarity import stream_nearest, stream_similarities
+from cropi_core.scores.targets import set_targets, target_prompts, with_gradient
 from data_schemas import SCORE_FIXED, STATUSES, Scores, scores_schema
 
 SETTINGS_KEY = b"cropi.scores"
@@ -156,7 +157,7 @@ def _describe_sets(
         lambda v: _agreement(targets[v], similar[:, v], keys), range(len(names)), threads_here()
     )
     return {
-        names[v]: {"prompts": stores[v].n, "with_gradient": _with_gradient(stores[v])} | agreement
+        names[v]: {"prompts": stores[v].n, "with_gradient": with_gradient(stores[v])} | agreement
         for v, agreement in agreements
     }
 
@@ -201,9 +202,9 @@ def _similar(
 ) -> np.ndarray:
     """Compare the pool with each set and with its halves in one pass: ``(n, V, 3)``."""
     if settings.target == "nearest":
-        prompts = [_prompts(store, seed) for store in stores]
+        prompts = [target_prompts(store, seed) for store in stores]
         return stream_nearest(features, prompts, settings.nearest, settings.metric, report)
-    sizes = [_with_gradient(store) for store in stores]
+    sizes = [with_gradient(store) for store in stores]
     return stream_similarities(features, targets, sizes, settings.metric, report)
 
 
@@ -258,11 +259,6 @@ def _half_scores(
     return np.array(spread).transpose(2, 0, 1), names
 
 
-def _with_gradient(store: GradientStore) -> int:
-    """Count the prompts with a gradient."""
-    return int((store.column("status") == 0).sum())
-
-
 def _previous(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) -> np.ndarray:
     """Read ``(n, V)`` standardised scores of the previous stage, in the order of the prompts; 0 where it has none.
 
@@ -289,76 +285,6 @@ def _previous(previous: Path, names: Sequence[str], prompt_ids: Sequence[str]) -
             f"{previous} lacks {len(missing)} prompts of this pool, such as {missing[0]!r}: it belongs to another pool"
         )
     return columns[rows]
-
-
-def target(blocks: Iterable[tuple[slice, np.ndarray]], members: np.ndarray, kind: str) -> np.ndarray:
-    """Average features over groups of prompts.
-
-    φ_g = mean over x in g of φ(x), or of φ(x)/‖φ(x)‖ for ``normalized_mean``, where every prompt has the
-    same weight; a feature of norm zero then counts as zero.
-
-    Args:
-        blocks: Rows and their features ``(rows, k)``.
-        members: ``(n, groups)`` bool: the members of each group; an empty group gives a row of zeros.
-        kind: ``mean`` or ``normalized_mean``.
-
-    Returns:
-        ``(groups, k)`` float64.
-    """
-    if kind not in ("mean", "normalized_mean"):
-        raise ConfigError(f"scores.target={kind!r} must be mean or normalized_mean")
-    total: np.ndarray | None = None
-    for rows, block in blocks:
-        features = block.astype(np.float64)
-        if kind == "normalized_mean":
-            features /= nonzero(np.linalg.norm(features, axis=1))[:, None]
-        # Index instead of multiplying by 0: the feature of a prompt outside the group may be infinite or NaN.
-        sums = np.stack([features[group].sum(axis=0) for group in members[rows].T])
-        total = sums if total is None else total + sums
-    if total is None:
-        raise SelectionError("a target needs at least one block of features")
-    return total / np.maximum(members.sum(axis=0), 1)[:, None]
-
-
-def set_targets(name: str, store: GradientStore, settings: Scores, seed: int) -> np.ndarray:
-    """Return ``(3, k)``: the target of a validation set, and those of two seeded halves of its prompts.
-
-    ``nearest`` has no single target: return the normalized means, which measure the agreement of the halves.
-
-    Raises:
-        SelectionError: No prompt of the set has a gradient, or the gradients cancel out.
-    """
-    members = _members(store, seed)
-    live = int(members[:, 0].sum())
-    if not live:
-        counts = describe_statuses(store.column("status"))
-        raise SelectionError(f"no prompt of validation set {name} has a gradient ({counts})")
-    nearest = settings.target == "nearest"
-    targets = target(store.blocks(), members, "normalized_mean" if nearest else settings.target)
-    if not nearest and not targets[0].any():
-        raise SelectionError(
-            f"the target of validation set {name} is zero: its {live} gradients cancel out. Add prompts to the set"
-        )
-    return targets
-
-
-def _members(store: GradientStore, seed: int) -> np.ndarray:
-    """Return ``(n, 3)`` bool: the prompts with a gradient, and two seeded halves of them."""
-    live = np.flatnonzero(store.column("status") == 0)
-    members = np.zeros((store.n, 3), dtype=bool)
-    members[live, 0] = True
-    shuffled = live[np.argsort(tie_keys(list(store.column("prompt_id")[live]), seed))]
-    members[shuffled[0::2], 1] = True
-    members[shuffled[1::2], 2] = True
-    return members
-
-
-def _prompts(store: GradientStore, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read ``(m, k)``, the features of the prompts with a gradient, and ``(m, 2)`` bool, which half each belongs to."""
-    members = _members(store, seed)
-    live = members[:, 0]
-    features = np.concatenate([block[live[rows]] for rows, block in store.blocks()])
-    return features, members[live, 1:]
 
 
 def check_comparable(train: GradientStore, validation: GradientStore) -> None:

@@ -14,8 +14,9 @@ from hypothesis.extra import numpy as hnp
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradients.store import GradientStore
 from cropi_core.scores.fusion import best, fuse, order, ranks, tie_keys
-from cropi_core.scores.influence import score, target
+from cropi_core.scores.influence import score
 from cropi_core.scores.similarity import mean_of_largest, similarities
+from cropi_core.scores.targets import target
 from data_schemas.scores import Fusion, Scores
 from data_schemas.tables import scores_schema
 
