@@ -177,7 +177,7 @@ def test_a_stop_between_shards_changes_no_byte(tmp_path: Path, sets: dict[str, P
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", sets, report=stop)
-    parts = sorted(p.name for p in (tmp_path / "stopped" / ".scratch").rglob("part-*"))
+    parts = sorted(p.name for p in (tmp_path / "stopped" / ".scratch").rglob("part-*.parquet"))
     assert parts == ["part-00000.parquet", "part-00000.parquet"]
     run(tmp_path / "stopped", sets, runtime=Runtime(device="cpu", threads=1, generation_rows=32))
     for name in ("completions.parquet", "accuracy.json"):
