@@ -75,3 +75,8 @@ def bootstrap(
     # Values of the sample without interpolation, so that a censored ratio stays 0.
     low, high = estimates[math.floor(tail * (draws - 1))], estimates[math.ceil((1 - tail) * (draws - 1))]
     return float(low), float(high)
+
+
+def nonzero(values: np.ndarray) -> np.ndarray:
+    """Replace zeros by ones, for divisors whose dividend is zero too."""
+    return np.where(values > 0, values, 1.0)

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from cropi_core.errors import ConfigError, SelectionError
-from cropi_core.scores.similarity import nonzero
+from cropi_core.statistics import nonzero
 from data_schemas import Scores
+
+SETTINGS_KEY = b"cropi.scores"
+"""Parquet metadata of a scores table: JSON of settings and seed, so that a selection can explain the ranks."""
 
 
 def tie_keys(prompt_ids: Sequence[str], seed: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from cropi_core.artifacts import places, read_parquet, write_parquet
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.gradients import GradientStore, in_order, threads_here
 from cropi_core.progress import Report, silent
-from cropi_core.scores.fusion import best, fuse, remember, standardise, tie_keys
+from cropi_core.scores.fusion import SETTINGS_KEY, best, fuse, remember, standardise, tie_keys
 from cropi_core.scores.neighbours import prompt_vectors, with_neighbours
 from cropi_core.scores.pool import Pool, describe_statuses, status_counts
 from cropi_core.scores.reliability import (
@@ -42,8 +42,6 @@ from cropi_core.scores.similarity import stream_nearest, stream_similarities
 from cropi_core.scores.targets import set_targets, target_prompts, with_gradient
 from data_schemas import SCORE_FIXED, STATUSES, Scores, scores_schema
 
-SETTINGS_KEY = b"cropi.scores"
-"""Parquet metadata of a scores table: JSON of settings and seed, so that a selection can explain the ranks."""
 PROJECTION_FIELDS = ("kind", "k", "density", "form", "seed")
 
 

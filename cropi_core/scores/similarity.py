@@ -18,6 +18,7 @@ import numpy as np
 from cropi_core.errors import ConfigError
 from cropi_core.gradients import HALF_LIMIT, GradientStore, widen_finite
 from cropi_core.progress import Progress, Report, silent
+from cropi_core.statistics import nonzero
 
 TILE_ROWS, TILE_COLUMNS, TILE_TARGETS = 64, 512, 8
 """A tile is 256 KB in float64. The product of the three, 2**18, is the largest that OpenBLAS computes in one thread
@@ -206,11 +207,6 @@ def mean_of_largest(values: np.ndarray, count: int) -> np.ndarray:
 def similarities(block: np.ndarray, targets: np.ndarray, metric: str) -> np.ndarray:
     """Compare one block of features ``(rows, k)`` with targets ``(groups, k)``; see :class:`Comparison`."""
     return Comparison(targets, metric)(block)
-
-
-def nonzero(values: np.ndarray) -> np.ndarray:
-    """Replace zeros by ones, for divisors whose dividend is zero too."""
-    return np.where(values > 0, values, 1.0)
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -15,7 +15,7 @@ from cropi_core.errors import ConfigError, SelectionError
 from cropi_core.gradients import GradientStore
 from cropi_core.scores.fusion import tie_keys
 from cropi_core.scores.pool import describe_statuses
-from cropi_core.scores.similarity import nonzero
+from cropi_core.statistics import nonzero
 from data_schemas import Scores
 
 

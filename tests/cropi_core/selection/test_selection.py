@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cropi_core.errors import ConfigError, DataError, SelectionError
 from cropi_core.gradients.store import GradientStore
-from cropi_core.scores.influence import SETTINGS_KEY, score
+from cropi_core.scores.fusion import SETTINGS_KEY
+from cropi_core.scores.influence import score
 from cropi_core.selection.evidence import Evidence, pass_rates
 from cropi_core.selection.strategies import select, subset_size, worth
 from data_schemas.scores import Scores
