@@ -73,7 +73,7 @@ def test_a_study_one_of_whose_curricula_fails_and_the_same_study_again(tmp_path:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "one starved seed 0: stage 1 selected 2 prompts of 40" in text
-    assert (tmp_path / "tiny.png").is_file()
+    assert (tmp_path / "page.png").is_file()
     assert gone(root)
     # What two arms have in common was computed once, though they ran side by side.
     store = Store(root)
