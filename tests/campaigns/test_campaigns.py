@@ -1,9 +1,11 @@
 """A short form of each campaign: the first cases of a kind, until a minute is over (docs/background/reliability.md)."""
 
 import importlib
+import os
 import time
 
 import pytest
+from s3fs import S3FileSystem
 
 from tests.campaigns.ledger import Ledger
 
@@ -11,6 +13,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 SECONDS = 50
 CAMPAIGNS = {"damage": 60, "power": 12, "malformed": 2000, "kills": 9, "faults": 10}
+
+
+@pytest.fixture(autouse=True)
+def restored_environment():
+    """Undo what a campaign sets here: variables, and file systems that remember the address of its server."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)

@@ -57,7 +57,7 @@ def new_bucket() -> str:
 
 
 def s3():
-    return fsspec.filesystem("s3", use_listings_cache=False)
+    return fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
 
 
 def objects(url: str) -> dict[str, int]:
