@@ -351,7 +351,7 @@ def test_an_address_that_is_misspelt_is_no_local_directory(root):
         ("a.parquet", b"<!DOCTYPE html><html></html>", "is an HTML page"),
         ("a.jsonl", b"<html>\n<body>sign in</body>", "is an HTML page"),
         ("a.jsonl", '{"prompt": "a?"}\n'.encode("utf-16"), "is UTF-16; write it as UTF-8"),
-        ("a.jsonl", gzip.compress(b"{}\n"), "is compressed by gzip; give it the suffix .gz"),
+        ("a.jsonl", gzip.compress(b"{}\n", mtime=0), "is compressed by gzip; give it the suffix .gz"),
         ("a.csv", b"PK\x03\x04and more", "is a ZIP archive"),
         ("a.jsonl", b'[{"prompt": "a?", "answer": "1"}]', "holds a JSON list; give it the suffix .json"),
         ("a.csv", b"prompt;answer\na?;1\n", "separates its columns by ';'"),
