@@ -4,30 +4,22 @@
     python benchmarks/climb.py --root /data/climb            # seconds
 
 Runs nothing: it compares what is finished of ``configs/studies/climb.yaml`` under the root, and writes
-``benchmarks/results/climb.json`` with the machine beside the figures. The peer of the cost ratios, influence that is
+``benchmarks/results/climb.json`` with the figures and the machine. The peer of the cost ratios, influence that is
 scored once, is an arm of the same study.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
+from finished_study import finished_study
 
-from cropi_core.artifacts.store import Store
 from cropi_core.statistics import bootstrap
 from cropi_core.study.compare import pair_ratio
 from cropi_core.study.measure import Curve
-from cropi_core.study.plan import cells, load_study
 from cropi_core.study.statistics import median
 from data_schemas import Study
-from flows.study.command import read_curves
 
-HERE = Path(__file__).resolve().parent
 CLIMBING = ("ladder", "moving")
 """Worlds in which what can be learned changes."""
 SINGLE = ("cropi", "once", "pass_rate", "random")
@@ -88,23 +80,11 @@ def levels(curves: Sequence[Curve], arm: str) -> list[float] | None:
 
 def main() -> None:
     """Compare and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, required=True, help="root that the study was run under")
-    parser.add_argument("--study", default="climb")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "climb.json")
-    given = parser.parse_args()
-    study = load_study(given.study)
-    planned = cells(study)
-    curves = read_curves(study, planned, Store(given.root))
-    if not curves:
-        sys.exit(f"nothing of study {study.name} is finished under {given.root}")
+    done = finished_study(__doc__, "climb")
+    study, curves = done.study, done.curves
     share, runs, lead = within_one_point(curves)
     climbing = {arm: cost_over_once(study, curves, arm, CLIMBING) for arm in study.arms if arm != "once"}
     figures = {
-        "study": study.name,
-        "curricula": {"planned": len(planned), "done": len(curves)},
         "median_cost_ratio_over_once": climbing["cropi"]["median"],
         "cost_over_once_ci95_low": climbing["cropi"]["ci95_low"],
         "auto_within_one_point_share": share,
@@ -132,9 +112,7 @@ def main() -> None:
         },
         "mean_level_by_stage_of_arms": {arm: levels(curves, arm) for arm in study.arms},
     }
-    text = json.dumps(figures | {"machine": machine()}, indent=1) + "\n"
-    given.json.write_text(text, encoding="utf-8")
-    print(text)
+    done.write(figures)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from data_schemas import ArtifactRef, PromptFormat
 if TYPE_CHECKING:
     from data_schemas import Sampling
 
+PoolOption = Annotated[
+    str | None, typer.Option("--prompts", help="Pool of an imported selection: key, tag or RUN:slot.")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to ``cropi artifacts``."""
@@ -163,10 +167,7 @@ def export(
         PromptFormat | None,
         typer.Option("--format", help="Selection or prompts: write the prompts in this format."),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Pool of an imported selection: key, tag or RUN:slot."),
-    ] = None,
+    prompts: PoolOption = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -199,10 +200,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Send nothing; list what would be sent.")
     ] = False,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Pool of an imported selection: key, tag or RUN:slot."),
-    ] = None,
+    prompts: PoolOption = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:

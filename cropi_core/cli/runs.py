@@ -11,6 +11,8 @@ from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.formatting import human_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cropi_core.artifacts import Store
     from cropi_core.runs import SlotSummary
     from data_schemas import RunRecord
@@ -91,16 +93,26 @@ def _list_runs(store: "Store", states: set[str], name: str, as_json: bool) -> No
     print_table(names, [[row[column] for column in names] for row in shown])
 
 
-def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
-    from cropi_core.runs import list_runs, load_run, state_name
+def _records(store: "Store", name: str) -> "Iterator[tuple[str, RunRecord | ArtifactError]]":
+    """Yield the runs whose id contains a text, with their records, or why a record cannot be read."""
+    from cropi_core.runs import list_runs, load_run
 
-    rows: list[dict[str, Any]] = []
     for run in [run for run in list_runs(store) if name in run]:
         try:
             record = load_run(store, run)
         except ArtifactError as error:
+            record = error
+        yield run, record
+
+
+def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
+    from cropi_core.runs import state_name
+
+    rows: list[dict[str, Any]] = []
+    for run, record in _records(store, name):
+        if isinstance(record, ArtifactError):
             lost = dict.fromkeys(("stages_done", "stages", "scores", "artifacts", "started", "finished"))
-            rows.append({"run": run, "status": "damaged", "state": "damaged", **lost, "error": str(error)})
+            rows.append({"run": run, "status": "damaged", "state": "damaged", **lost, "error": str(record)})
             continue
         finished = sum(slot.startswith("policy@") and slot != "policy@0" for slot in record.slots)
         rows.append(
@@ -138,12 +150,12 @@ def _list_sizes(store: "Store", as_json: bool) -> None:
 
 def _list_costs(store: "Store", states: set[str], name: str, as_json: bool) -> None:
     """List what the runs' selection, training and evaluation cost; artifacts that no longer exist do not count."""
-    from cropi_core.runs import load_run, selection_in_steps, spending
+    from cropi_core.runs import selection_in_steps, spending, state_name
 
     rows: list[dict[str, Any]] = []
-    listed = [row for row in _rows(store, name) if row["state"] != "damaged"]
-    for run in [row["run"] for row in listed if not states or row["state"] in states]:
-        record = load_run(store, run)
+    for run, record in _records(store, name):
+        if isinstance(record, ArtifactError) or (states and state_name(store, record) not in states):
+            continue
         slots = _slots(store, record)
         steps = selection_in_steps(slots)
         rows += [

@@ -12,7 +12,7 @@ class Sampler:
     Attributes:
         run: The run.
         grading: The settings of the verifiers that are part of a key.
-        graders: Where the verifiers are, which is no part of a key.
+        graders: Where the verifiers are, which is not part of a key.
     """
 
     def __init__(self, run: Run, grading: dict[str, Any], graders: dict[str, Any]) -> None:

@@ -149,11 +149,16 @@ def kept_bytes(shape: Shape, number: int, projection: Projection) -> float:
         number: Bytes of a number of the policy.
         projection: Folds are float32 copies; ``uniform`` and a metric keep whole inputs.
     """
-    if projection.kind == "none" or projection.form == "uniform" or projection.preconditioner != "none":
+    if _reads_whole(projection):
         return shape.backward * number * (2 * shape.hidden + shape.query + shape.inner)
     if projection.form == "folded":
         return 4 * sum(folded_sizes(m, n, projection)[1] for m, n in shape.matrices)
     return number * math.sqrt(projection.density) * sum(n for _, n in shape.matrices)
+
+
+def _reads_whole(projection: Projection) -> bool:
+    """Whether a sketch reads whole inputs and gradients of a layer, not folds of them."""
+    return projection.kind == "none" or projection.form == "uniform" or projection.preconditioner != "none"
 
 
 def activation_bytes(shape: Shape, number: int) -> tuple[float, float]:
@@ -302,7 +307,6 @@ def servers_share(vllm: Vllm) -> tuple[int, float]:
 def gradients(config: Config, shape: Shape, prompt_tokens: float, card: Card | None = None) -> Need:
     """Count a process that computes gradient features."""
     projection, runtime, number = config.projection, config.runtime, _number(config)
-    whole = projection.kind == "none" or projection.form == "uniform" or projection.preconditioner != "none"
     kept, used = activation_bytes(shape, number)
     copies = kept_bytes(shape, number, projection)
     both = (config.rollouts.pool, config.rollouts.validation)
@@ -323,7 +327,7 @@ def gradients(config: Config, shape: Shape, prompt_tokens: float, card: Card | N
         "activations": activations,
         "logits": 3.0 * PIECE_BYTES,
         "one layer's gradient": max(
-            2 * 4 * m * n if whole else 4 * math.prod(folded_sizes(m, n, projection))
+            2 * 4 * m * n if _reads_whole(projection) else 4 * math.prod(folded_sizes(m, n, projection))
             for m, n in shape.features
         ),
     }

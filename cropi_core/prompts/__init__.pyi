@@ -16,6 +16,7 @@ from .rendering import check_rendering as check_rendering
 from .rows import asked_text as asked_text
 from .rows import normalise as normalise
 from .rows import surrogate_fault as surrogate_fault
+from .similarity import mean_cosine as mean_cosine
 from .similarity import nearest as nearest
 from .similarity import text_vectors as text_vectors
 from .values import SAME_ROLE as SAME_ROLE

@@ -52,12 +52,28 @@ def nearest(vectors: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
         others: ``(m, DIMENSIONS)``; with fewer than ``count`` all are returned.
         count: Number of neighbours.
     """
-    wide, count = others.T.astype(np.float64), min(count, len(others))
+    count = min(count, len(others))
     indices = np.empty((len(vectors), count), dtype=np.int64)
-    for start in range(0, len(vectors), BLOCK):
-        cosines = (vectors[start : start + BLOCK].astype(np.float64) @ wide).round(DIGITS)
-        indices[start : start + BLOCK] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    for rows, cosines in _cosines(vectors, others):
+        indices[rows] = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     return indices
+
+
+def mean_cosine(vectors: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
+    """Return ``(n,)`` mean cosines with the most alike of ``others``; arguments as in :func:`nearest`."""
+    count = min(count, len(others))
+    means = np.empty(len(vectors))
+    for rows, cosines in _cosines(vectors, others):
+        means[rows] = np.sort(cosines, axis=1)[:, -count:].mean(axis=1)
+    return means
+
+
+def _cosines(vectors: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield rounded cosines with all of ``others``, ``(rows, m)``, a block of rows at a time."""
+    wide = others.T.astype(np.float64)
+    for start in range(0, len(vectors), BLOCK):
+        rows = slice(start, start + BLOCK)
+        yield rows, (vectors[rows].astype(np.float64) @ wide).round(DIGITS)
 
 
 def _counted(texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

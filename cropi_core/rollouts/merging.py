@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cropi_core.artifacts import read_parquet, write_parquet
 from cropi_core.errors import DataError
-from cropi_core.rollouts.table import read_rollouts, sampling_of, summarise_rollouts
+from cropi_core.rollouts.table import part_path, read_rollouts, sampling_of, summarise_rollouts
 
 SEVERAL = b"several"
 """Policy of rollouts that several policies sampled, in the metadata of their parts."""
@@ -56,6 +56,6 @@ def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]
         keys = [("place", "ascending"), ("sample", "ascending")]
         joined = joined.append_column("place", order).sort_by(keys).drop_columns("place")
         metadata = {**(old.schema.metadata or {}), b"cropi.policy": SEVERAL}
-        write_parquet(joined.replace_schema_metadata(metadata), out / f"part-{index:05d}.parquet")
+        write_parquet(joined.replace_schema_metadata(metadata), part_path(out, index))
     summary = summarise_rollouts(read_rollouts(out), sources)
     return summary | {"sampled_tokens": 0, "prompts_sampled_again": len(renewed)}

@@ -33,6 +33,7 @@ from .space import RunSpace as RunSpace
 from .space import expired as expired
 from .space import run_spaces as run_spaces
 from .space import unsuccessful as unsuccessful
+from .summary import FORWARD_AND_BACKWARD as FORWARD_AND_BACKWARD
 from .summary import RunSummary as RunSummary
 from .summary import SlotSummary as SlotSummary
 from .summary import Spending as Spending

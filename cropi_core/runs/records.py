@@ -122,16 +122,23 @@ def list_runs(store: Store) -> list[str]:
     return [name.removesuffix(".json") for name in store.names("runs") if name.endswith(".json")]
 
 
-def ancestors(store: Store, key: str) -> list[Manifest]:
-    """List an artifact and its direct and indirect inputs, each once, the artifact first.
+def ancestors(store: Store, *keys: str, complete: bool = False) -> list[Manifest]:
+    """List artifacts and their direct and indirect inputs, each once, the given artifacts first.
 
-    An input that no longer exists is dropped, together with the artifacts that only it names.
+    Args:
+        store: Store of the artifacts.
+        keys: The artifacts.
+        complete: Refuse inputs that no longer exist; otherwise they are dropped, together with the artifacts that only
+            they name.
+
+    Raises:
+        ArtifactError: An artifact does not exist or cannot be read.
     """
-    manifests = {key: store.manifest(key)}
-    queue = [key]
+    manifests = {key: store.manifest(key) for key in keys}
+    queue = list(manifests)
     while queue:
         for ref in manifests[queue.pop(0)].inputs.values():
-            if ref.key not in manifests and store.has(ref):
+            if ref.key not in manifests and (complete or store.has(ref)):
                 manifests[ref.key] = store.manifest(ref)
                 queue.append(ref.key)
     return list(manifests.values())

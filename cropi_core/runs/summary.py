@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from cropi_core.runs.accuracy import Accuracy, Detail, accuracies, details
 from data_schemas import Manifest, RunRecord, StageCheck
 
+FORWARD_AND_BACKWARD = 3
+"""Cost of a forward and backward pass, in forward passes: the backward has twice as many matrix products."""
+
 PURPOSES: dict[str, str] = {"training": "training", "evaluation": "evaluation"}
 """Purpose of the steps that are not part of the selection."""
 
@@ -35,7 +38,7 @@ class Tokens:
     @property
     def forwards(self) -> int:
         """Cost in token forwards: one per generated token, three per token of a forward and backward pass."""
-        return self.generated + 3 * self.passed + self.forward
+        return self.generated + FORWARD_AND_BACKWARD * self.passed + self.forward
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """How reliable the scores of a stage are: one verdict, from halves that have nothing in common.
 
-    halves = half_scores(store_of_halves, validation_stores, settings, seed)   # (n, 2, 2): completions × validation
-    found = reliability(halves, clusters)
-    found.verdict                                                              # reliable, weak, noise
-    values = shrunk(values, clusters, found)                                   # empirical Bayes
+    found = reliability(halves, clusters)       # halves (n, 2, 2): scores by half of completions and of validation
+    found.verdict                               # reliable, weak, noise
+    values = shrunk(values, clusters, found)    # empirical Bayes
 
 A score has two sources of noise: the completions that were sampled for the prompt, and the validation prompts. Scores
 from one half of a prompt's completions and one half of a validation set are compared with scores from the other half

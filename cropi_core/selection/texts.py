@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cropi_core.artifacts import read_parquet
-from cropi_core.prompts import asked_text, nearest, text_vectors
+from cropi_core.prompts import asked_text, mean_cosine, text_vectors
 
 COUNTED = 5
 """How many validation prompts of a set count, the most alike, as for `scores.nearest`."""
@@ -32,15 +32,7 @@ def similarity_to_targets(prompts: Path, targets: Mapping[str, Path]) -> np.ndar
     vectors = text_vectors([text for texts in (pool, *sets) for text in texts])
     ends = np.cumsum([len(texts) for texts in (pool, *sets)])
     candidates, *target_vectors = np.split(vectors, ends[:-1])
-    return np.max([_mean_cosine(candidates, others) for others in target_vectors], axis=0)
-
-
-def _mean_cosine(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Average each vector's cosines with its most alike others."""
-    alike = nearest(vectors, others, COUNTED)
-    return (
-        np.einsum("nd,ncd->n", vectors.astype(np.float64), others[alike].astype(np.float64)) / alike.shape[1]
-    )
+    return np.max([mean_cosine(candidates, others, COUNTED) for others in target_vectors], axis=0)
 
 
 def _texts(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Which prompts of a pool to sample again at a later stage: those that read like what the policy begins to solve.
 
-    table = waking_prompts(pool, {"goal": Evidence(...)}, Waking(tokens=10_000), tokens_a_prompt=32)
+    table = waking_prompts(pool, [Sampled(prompts, passed, graded)], Waking(), group=8, tokens=32, seed=0)
 
 A prompt whose completions were all wrong when it was sampled has no gradient, and stored rollouts never change that: a
 curriculum on them cannot climb. Sampling the whole pool again costs more than it gains. The validation prompts are few,

@@ -11,13 +11,10 @@ from pathlib import Path
 
 from cropi_core.artifacts import ROLLOUTS, Store
 from cropi_core.errors import ArtifactError
-from cropi_core.runs import Accuracy, accuracies
+from cropi_core.runs import FORWARD_AND_BACKWARD, Accuracy, accuracies
 from cropi_core.study.plan import Cell
 from cropi_core.study.stages import StageFacts, stage_facts
 from data_schemas import STATUSES, Manifest, RunRecord
-
-FORWARD_AND_BACKWARD = 3
-"""Cost of a forward and backward pass, in forward passes: the backward has twice as many matrix products."""
 
 FORWARDS = {"head": 1.0, "last_quarter": 1.5}
 """Cost of the gradients of some layers (`gradients.layers`), in forward passes."""

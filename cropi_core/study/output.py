@@ -15,9 +15,10 @@ from markupsafe import Markup
 from cropi_core.artifacts import write_atomic, write_parquet
 from cropi_core.errors import ConfigError
 from cropi_core.report import environment
+from cropi_core.runs import FORWARD_AND_BACKWARD
 from cropi_core.study import tables
 from cropi_core.study.compare import ALL, ArmResult, compare, headline
-from cropi_core.study.measure import FORWARD_AND_BACKWARD, Curve
+from cropi_core.study.measure import Curve
 from cropi_core.study.plots import arms_svg, distances_svg, has_lines, study_png
 from data_schemas import Study
 

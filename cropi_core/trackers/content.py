@@ -21,7 +21,7 @@ import yaml
 from cropi_core.artifacts import METRICS_FILE, SELECTION_FILE, Store
 from cropi_core.errors import ConfigError
 from cropi_core.report import MissingExtraError, write_report
-from cropi_core.runs import Run, RunSummary, spending
+from cropi_core.runs import Run, RunSummary, ancestors, spending
 from data_schemas import Manifest, canonical_json
 
 CONTENT = "content.json"
@@ -214,23 +214,16 @@ def _lineage(store: Store, manifests: Mapping[str, Manifest]) -> Iterator[dict[s
     slots: dict[str, list[str]] = defaultdict(list)
     for slot, manifest in manifests.items():
         slots[manifest.key].append(slot)
-    waiting, seen = [manifest.ref for manifest in manifests.values()], set()
-    while waiting:
-        ref = waiting.pop(0)
-        if ref.key in seen:
-            continue
-        seen.add(ref.key)
-        manifest = store.manifest(ref)
+    for manifest in ancestors(store, *slots, complete=True):
         yield {
-            "key": ref.key,
-            "kind": ref.kind,
-            "digest": ref.digest,
-            "slots": slots.get(ref.key, []),
+            "key": manifest.key,
+            "kind": manifest.kind,
+            "digest": manifest.digest,
+            "slots": slots.get(manifest.key, []),
             "made_from": {name: one.key for name, one in manifest.inputs.items()},
             "created": manifest.created,
             "versions": manifest.versions,
         }
-        waiting += manifest.inputs.values()
 
 
 def selection_csv(run: Run, stage: int) -> str:

@@ -172,7 +172,8 @@ def write_wandb(content: Content, files: Path, where: str, project: str) -> dict
     for row in content.rows:
         run.log({f"axis/{row.axis}": row.at, **row.values})
     for path in sorted((files / "selection").glob("stage-*.csv")):
-        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        with path.open(encoding="utf-8", newline="") as stream:
+            header, *rows = csv.reader(stream)
         run.log({f"selection/{path.stem}": wandb.Table(columns=header, data=rows[:MOST_ROWS])})
     artifact = wandb.Artifact(f"cropi-{content.run}", type="run", metadata={DIGEST_TAG: content.digest})
     artifact.add_dir(str(files))

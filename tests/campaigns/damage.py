@@ -7,7 +7,7 @@ One byte of one file changes, the file keeps its size and its times, as on a fai
 * ``work``: a file that an interrupted step keeps to resume from. The resumed step must reach the digest of the
   undamaged run, or end with an error that names the file.
 
-    python -m tests.campaigns.damage --count 600 --root /tmp/damage
+    python -m tests.campaigns.damage --count 600 --root /data/damage
 """
 
 import os

@@ -3,7 +3,7 @@
 A run meets a fault in one of its steps, in a process of its own. It must end with one error that says what to do,
 without a traceback, and reach the digests of an undisturbed run when it is started again without the fault.
 
-    python -m tests.campaigns.faults --count 40 --root /tmp/faults
+    python -m tests.campaigns.faults --count 40 --root /data/faults
 """
 
 import random

@@ -8,7 +8,7 @@ more at most for each kill. Processes are forked from one that has imported ever
 ``command`` cases run the whole command ``cropi run`` with its Prefect server, and kill the command, its group, its
 server, or one of its workers (verifier, step process).
 
-    python -m tests.campaigns.kills --kills 200 --root /tmp/kills
+    python -m tests.campaigns.kills --kills 200 --root /data/kills
 """
 
 import contextlib

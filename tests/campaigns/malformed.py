@@ -4,7 +4,7 @@ A case is a block of inputs, drawn from its number. Each input is read as a comm
 with one error of cropi; a traceback, a hang, a file outside the root that was read or changed, and a text that keeps
 its control characters or tags are failures.
 
-    python -m tests.campaigns.malformed --count 20000 --root /tmp/malformed
+    python -m tests.campaigns.malformed --count 20000 --root /data/malformed
 """
 
 import json

@@ -8,7 +8,7 @@ It must reach the digests of the undisturbed run, or end with an error that name
 With ``--count``, four of five cases are on a directory, the fifth on an S3 server, whose objects are lost, cut or
 zeroed.
 
-    python -m tests.campaigns.power --count 300 --root /tmp/power
+    python -m tests.campaigns.power --count 300 --root /data/power
 """
 
 import atexit

@@ -118,11 +118,11 @@ ELSEWHERE = {  # what cannot be run here, and who does
     ),
     **dict.fromkeys(
         [
-            "python -m tests.campaigns.damage --count 700 --root /tmp/damage",
-            "python -m tests.campaigns.power --count 300 --root /tmp/power",
-            "python -m tests.campaigns.malformed --count 20000 --root /tmp/malformed",
-            "python -m tests.campaigns.kills --kills 200 --root /tmp/kills",
-            "python -m tests.campaigns.faults --count 40 --root /tmp/faults",
+            "python -m tests.campaigns.damage --count 700 --root /data/damage",
+            "python -m tests.campaigns.power --count 300 --root /data/power",
+            "python -m tests.campaigns.malformed --count 20000 --root /data/malformed",
+            "python -m tests.campaigns.kills --kills 200 --root /data/kills",
+            "python -m tests.campaigns.faults --count 40 --root /data/faults",
         ],
         "an hour each; tests/campaigns/test_campaigns.py runs the first cases",
     ),
