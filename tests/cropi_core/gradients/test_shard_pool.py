@@ -1,5 +1,6 @@
 """Shards over processes: every shard is computed, a dead process costs only its shard, and none outlives its parent."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -119,11 +120,17 @@ def naming(directory):
     seen = os.environ["CUDA_VISIBLE_DEVICES"]
 
     def work(shard, content):
-        if content == "die once" and not (directory / "died").exists():
-            (directory / "died").write_text(seen)
-            os.kill(os.getpid(), signal.SIGKILL)
+        died = directory / "died"
+        if content == "die once":
+            with contextlib.suppress(FileExistsError), died.open("x") as file:
+                file.write(seen)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
         with (directory / f"gpu-{seen}").open("a") as file:
             file.write(f"{shard} ")
+        # The process of the other GPU leaves a shard to the successor.
+        while died.exists() and not (directory / f"gpu-{died.read_text()}").exists():
+            time.sleep(0.01)
 
     return work
 
