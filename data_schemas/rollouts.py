@@ -51,6 +51,11 @@ class Waking(Section):
         ge=1,
         description="How many of the validation prompts that read most like a prompt say whether it is sampled again.",
     )
+    keep_stored: Annotated[bool, LATER] = Field(
+        default=True,
+        description="Score the stored completions of the other prompts too. `false`: a later stage chooses among the "
+        "prompts that it samples again; gradients of other prompts are not computed.",
+    )
 
 
 class Rollouts(Section):

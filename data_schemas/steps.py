@@ -98,6 +98,9 @@ class MergedRolloutsSettings(Section):
     """Stored rollouts of a pool, in which fresh ones replace those of the same prompts."""
 
     merged: Literal["fresh"] = "fresh"
+    keep_stored: Annotated[bool, LATER] = Field(
+        default=True, description="Whether the completions of other prompts keep their rewards."
+    )
 
 
 class HalvedRolloutsSettings(Section):

@@ -48,7 +48,8 @@ class Sampler:
         prompts = self.run.step("prompts", f"prompts/waking@{stage}", settings, inputs)
         waking = self.collect("waking", stage, policy, prompts)
         merged = {"prompts": sets["pool"], "stored": stored["pool"], "fresh": waking}
-        pool = self.run.step("rollouts", f"rollouts/pool@{stage}", MergedRolloutsSettings(), merged)
+        merging = MergedRolloutsSettings(keep_stored=config.rollouts.waking.keep_stored)
+        pool = self.run.step("rollouts", f"rollouts/pool@{stage}", merging, merged)
         return {"pool": pool, **fresh}
 
     def collect(

@@ -160,13 +160,14 @@ def _merged_rollouts(work: Work) -> dict[str, Any]:
     from cropi_core.prompts import read_prompts
     from cropi_core.rollouts import merge_rollouts
 
-    MergedRolloutsSettings.model_validate(work.spec.settings)
+    settings = MergedRolloutsSettings.model_validate(work.spec.settings)
     prompts = read_prompts(work.inputs["prompts"] / PROMPTS_FILE)
     return merge_rollouts(
         work.inputs["stored"] / ROLLOUTS,
         work.inputs["fresh"] / ROLLOUTS,
         work.out / ROLLOUTS,
         dict(zip(prompts["prompt_id"].to_pylist(), prompts["source"].to_pylist(), strict=True)),
+        keep_stored=settings.keep_stored,
     )
 
 

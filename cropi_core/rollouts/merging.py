@@ -1,6 +1,8 @@
 """Rollouts of a pool in which some prompts were sampled again: fresh completions replace the stored ones.
 
-Every completion keeps the log-probabilities of the policy that sampled it, which importance ratios read.
+Every completion keeps the log-probabilities of the policy that sampled it, which importance ratios read. Stored
+completions say what an earlier policy could do. They may be set aside: they then have no reward, so that their prompts
+have no gradient and no pass rate, and cannot be selected.
 """
 
 from pathlib import Path
@@ -16,7 +18,9 @@ SEVERAL = b"several"
 """Policy of rollouts that several policies sampled, in the metadata of their parts."""
 
 
-def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]) -> dict[str, Any]:
+def merge_rollouts(
+    stored: Path, fresh: Path, out: Path, sources: dict[str, str], *, keep_stored: bool = True
+) -> dict[str, Any]:
     """Write the stored rollouts part by part, with the completions of the fresh ones where there are any.
 
     Args:
@@ -24,9 +28,11 @@ def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]
         fresh: Rollouts of some of its prompts.
         out: Directory of the parts; existing ones are written again.
         sources: Source by prompt id.
+        keep_stored: Whether stored completions keep their rewards.
 
     Returns:
-        The summary of the merged rollouts; ``sampled_tokens`` is 0, because nothing was sampled for it.
+        The summary of the merged rollouts; ``sampled_tokens`` is 0, because nothing was sampled for it, and
+        ``not_gradable`` does not count completions that were set aside.
 
     Raises:
         DataError: Fresh prompts are missing in the stored rollouts, or both were sampled from other distributions.
@@ -49,6 +55,10 @@ def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]
         table = read_parquet(part).select(new.column_names).cast(new.schema.with_metadata(None))
         names = list(dict.fromkeys(table["prompt_id"].to_pylist()))
         kept = table.filter(pa.array([name not in renewed for name in table["prompt_id"].to_pylist()]))
+        if not keep_stored:
+            place = kept.schema.get_field_index("reward")
+            field = kept.schema.field(place)
+            kept = kept.set_column(place, field, pa.nulls(kept.num_rows, field.type))
         taken = new.take(pa.array([row for name in names for row in rows.get(name, [])], pa.int64()))
         joined = pa.concat_tables([kept, taken.replace_schema_metadata(None)])
         places = {name: place for place, name in enumerate(names)}
@@ -58,4 +68,10 @@ def merge_rollouts(stored: Path, fresh: Path, out: Path, sources: dict[str, str]
         metadata = {**(old.schema.metadata or {}), b"cropi.policy": SEVERAL}
         write_parquet(joined.replace_schema_metadata(metadata), part_path(out, index))
     summary = summarise_rollouts(read_rollouts(out), sources)
-    return summary | {"sampled_tokens": 0, "prompts_sampled_again": len(renewed)}
+    summary |= {"sampled_tokens": 0, "prompts_sampled_again": len(renewed)}
+    if keep_stored:
+        return summary
+    return summary | {
+        "not_gradable": new["reward"].null_count,
+        "prompts_set_aside": summary["prompts"] - len(renewed),
+    }
