@@ -8,6 +8,7 @@ and the user's functions have separate processes, because their limits differ
 
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -24,6 +25,7 @@ from itertools import islice
 from typing import IO, cast
 
 from cropi_core.errors import ConfigError
+from cropi_core.rewards.guardian import STOP
 from cropi_core.rewards.worker import PARENT_DIED
 from cropi_core.system import Limits, child_environment, encode_message, python_command, verifier_environment
 
@@ -35,6 +37,8 @@ IMPORTED = {
 
 _WINDOW = 64  # requests in flight; one per round trip gives about a fifth of the rate
 _STARTUP_SECONDS = 60.0
+_END_SECONDS = 5.0
+_LONGEST_REPLY = 1 << 16
 _ALARM_MARGIN = 5.0  # the worker ends itself this long after the parent should have ended it
 
 MAY = "CROPI_FUNCTIONS_MAY"
@@ -169,15 +173,19 @@ class _Worker:
                 data = os.read(self.stdout.fileno(), 1 << 16)
                 self.ended = not data
                 *lines, self._partial = (self._partial + data).split(b"\n")
+                if len(self._partial) > _LONGEST_REPLY:
+                    lines, self._partial = [*lines, self._partial], b""
                 if lines:
                     return lines
         return []
 
     def kill(self) -> int:
-        """Kill the process group; return the process's exit status, negative for a signal."""
+        """End the process and what it has started; return its exit status, negative for a signal."""
+        if self.scratch and not self.ended:
+            self.process.send_signal(STOP)
         with suppress(subprocess.TimeoutExpired):
-            # Its stdout has ended, so it is exiting: wait for its own exit status before sending SIGKILL.
-            self.process.wait(1.0 if self.ended else 0)
+            # Its stdout has ended, so it is exiting, or it kills what a function left: wait before sending SIGKILL.
+            self.process.wait(_END_SECONDS if self.ended or self.scratch else 0)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         status = self.process.wait()
@@ -186,6 +194,19 @@ class _Worker:
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
         return status
+
+
+def _parsed(reply: bytes, number: int) -> tuple[Grade, bool, float] | None:
+    """Read a reply: the grade, whether the worker must be replaced, seconds; None if it is not the worker's."""
+    try:
+        reward, reason, broken, seconds, counted = json.loads(reply)
+        seconds = float(seconds)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    plausible = reward is None or (isinstance(reward, float) and math.isfinite(reward))
+    if not plausible or not isinstance(reason, str) or counted != number:
+        return None
+    return Grade(reward, reason), bool(broken), seconds
 
 
 class GradingProcess:
@@ -342,17 +363,16 @@ class GradingProcess:
             if not replies:
                 return "ended" if worker.ended else f"timed out after {self.timeout:g} s"
             for reply in replies:
-                try:
-                    reward, reason, broken, seconds = json.loads(reply)
-                    seconds = float(seconds)
-                except (ValueError, TypeError):
-                    return "the verifier wrote into the worker's replies"
                 if not sent:
-                    raise RuntimeError("the verifier worker sent more replies than it got requests")
+                    break  # written by a verifier: the number of the next reply tells
+                answer = _parsed(reply, worker.served + 1)
+                if answer is None:
+                    return "the verifier wrote into the worker's replies"
+                grade, broken, seconds = answer
                 if broken:
-                    return str(reason)
+                    return grade.reason
                 item, sent = waiting.popleft(), sent - 1
-                grades[item] = Grade(reward, reason)
+                grades[item] = grade
                 worker.served += 1
                 budget.charge(item, seconds)
                 if budget.exceeded(item) and any(budget.exceeded(one) for one in islice(waiting, sent)):

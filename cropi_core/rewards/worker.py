@@ -6,7 +6,8 @@ JSON lines in both directions, one reply per request, in order:
                "limits": {"network": false, "files": false, "writable": []}}
     worker -> {"errors": {"name": "ModuleNotFoundError: ..."}, "confinement": "no network, ..."}
     parent -> ["numeric", "The answer is 18.", "18"]
-    worker -> [1.0, "", false, 0.0]      reward or null, reason, whether this worker must be replaced, seconds if many
+    worker -> [1.0, "", false, 0.0, 1]   reward or null, reason, whether this worker must be replaced, seconds if many,
+                                         number of the request; a verifier that writes replies does not shift the others
 
 The worker ends when its stdin closes. A verifier that hangs while the parent dies is ended by the kernel: by the
 parent-death signal on Linux, by an interval timer everywhere. Both work while the interpreter is stuck inside one long
@@ -37,6 +38,7 @@ from typing import Any
 from cropi_core.rewards.claims import answer_part, final_answer, stated, without_denials
 from cropi_core.rewards.containers import split_list
 from cropi_core.rewards.costs import MAX_CHARACTERS, may_exceed_memory, too_costly
+from cropi_core.rewards.guardian import split
 from cropi_core.rewards.mathematics import decide, for_parser, option
 from cropi_core.rewards.notation import ascii_mathematics
 from cropi_core.rewards.number_words import word
@@ -418,8 +420,10 @@ def main() -> None:
     config = json.loads(requests.readline() or b"null")
     if config is None:
         return
-    signal.setitimer(signal.ITIMER_REAL, STARTUP_SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if config["functions"]:
+        split(PARENT_DIED)
+    signal.setitimer(signal.ITIMER_REAL, STARTUP_SECONDS)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond it fails with EFBIG
     limit = config["memory_mb"] << 20
@@ -429,13 +433,13 @@ def main() -> None:
     )  # before any package or function of the user is imported
     verifiers, errors = load(config)
     replies.send({"errors": errors, "confinement": confinement})
-    for line in requests:
+    for number, line in enumerate(requests, 1):
         name, completion, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, config["alarm"])
         began = time.monotonic()
         verdict = grade(verifiers[name], completion, answer)
         spent = time.monotonic() - began
-        reply = (*verdict, round(spent, 3) if spent > SLOW else 0)
+        reply = (*verdict, round(spent, 3) if spent > SLOW else 0, number)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.send(reply)
 

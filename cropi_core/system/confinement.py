@@ -50,6 +50,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463,
         "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "removexattrat": 466, "file_setattr": 469,
         "mount": 165, "open_by_handle_at": 304, "execve": 59, "execveat": 322,
+        "memfd_create": 319, "memfd_secret": 447, "prlimit64": 302,
     },
     "aarch64": {
         "openat": 56, "openat2": 437,
@@ -61,6 +62,7 @@ _NUMBERS: dict[str, dict[str, int]] = {
         "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "setxattrat": 463,
         "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "removexattrat": 466, "file_setattr": 469,
         "mount": 40, "open_by_handle_at": 265, "execve": 221, "execveat": 281,
+        "memfd_create": 279, "memfd_secret": 447, "prlimit64": 261,
     },
 }  # fmt: skip
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -70,6 +72,8 @@ _NETWORK = {"socket"}
 _UNCHECKED = {"io_uring_setup"}  # its requests are system calls that no filter sees
 _FLAGGED = {"open": 1, "openat": 2}
 """Calls that open files, with the position of their flags, which tell reading from writing."""
+_LIMITS = "prlimit64"
+"""The call that sets limits, of which one on processor time would kill cropi's process; its own are process 0."""
 _X32 = 0x40000000
 
 _CAPABILITIES = 0x20080522  # version 3
@@ -202,7 +206,7 @@ def filter_program(machine: str, limits: Limits) -> bytes:
     read_only = not (limits.files or limits.writable)
     names = _PROCESSES | _UNCHECKED | (set() if limits.network else _NETWORK)
     if read_only:
-        names = set(numbers) - set(_FLAGGED) - _NETWORK | names
+        names = set(numbers) - set(_FLAGGED) - {_LIMITS} - _NETWORK | names
     refused = sorted(numbers[name] for name in names)
     body: list[tuple[int, int, int, int]] = []
     for name, position in _FLAGGED.items() if read_only else ():
@@ -214,6 +218,8 @@ def filter_program(machine: str, limits: Limits) -> bytes:
                 (_RETURN, 0, 0, _REFUSE | errno.EACCES),
                 (_RETURN, 0, 0, _ALLOW),
             ]
+    body += [(_EQUAL, 0, 4, numbers[_LIMITS]), (_LOAD, 0, 0, 16), (_EQUAL, 0, 1, 0)]
+    body += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE | errno.EACCES)]
     count = len(refused)
     for index, number in enumerate(refused):
         body.append((_EQUAL, count - index, 0, number))

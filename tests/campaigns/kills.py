@@ -2,7 +2,7 @@
 
 Each kill hits a run of a real curriculum at a random time: the process of the run alone, or its whole group, as the
 kernel's memory killer and a node's end do. The same root goes through all kills until a run reaches its end;
-then the digests must be those of an undisturbed run, no process may be left, and a shard may have been computed once
+then the digests must be those of an undisturbed run. No process may be left, and a shard may have been computed once
 more at most for each kill. Processes are forked from one that has imported everything.
 
 ``command`` cases run the whole command ``cropi run`` with its Prefect server, and kill the command, its group, its
@@ -34,7 +34,8 @@ from tests.support.tiny import digests, tiny
 
 SHARE = 10
 """One in so many kills is of the whole command with its Prefect server."""
-SHARDS = ("rollouts/*/parts/part-*.parquet", "gradients/*/gradients.zarr/features/c/*/0")
+SECONDS = 6.0
+"""A run is killed within so many seconds; it takes about four, so that the next run uses what it kept."""
 
 
 def stamp(root: Path) -> dict[str, int]:
@@ -55,28 +56,37 @@ def child(root: Path) -> None:
     run_curriculum(tiny(stages=STAGES), store, lambda spec: run_step(spec, store))
 
 
-def step_kill(root: Path, number: int, seconds: float) -> dict[str, Any]:
-    """Kill a run at a random instant; if it has ended before, compare it and begin a new round."""
+def step_kill(root: Path, number: int) -> dict[str, Any]:
+    """Kill a run at a random instant; runs that end before are compared, and followed by a new round."""
     draw, place = random.Random(f"kill-{number}"), root / "round"
-    before = stamp(place)
-    process = CONTEXT.Process(target=child, args=(place,))
-    process.start()
-    process.join(draw.uniform(0, seconds))
-    how = draw.choice(["command", "group"])
-    told: dict[str, Any] = {"how": how, "ok": True}
-    if process.is_alive():
-        below = descendants(process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL) if how == "group" else os.kill(process.pid, signal.SIGKILL)
+    how, ends = draw.choice(["command", "group"]), 0
+    while True:
+        before = stamp(place)
+        process = CONTEXT.Process(target=child, args=(place,))
+        process.start()
+        process.join(draw.uniform(0, SECONDS))
+        below = descendants(process.pid) if process.is_alive() else set()
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if how == "group" else os.kill(
+                    process.pid, signal.SIGKILL
+                )
         process.join()
-        left = ended(below)
-        after = stamp(place)
-        again = [name for name, inode in before.items() if name in after and after[name] != inode]
-        return told | {"found": "killed", "ok": not left and len(again) <= 1, "left": left, "again": again}
-    told["found"] = f"ended with {process.exitcode}"
-    wrong = different(root, place)
-    shutil.rmtree(place, ignore_errors=True)
-    return told | {"ok": process.exitcode == 0 and not wrong, "slots": wrong}
+        told: dict[str, Any] = {"how": how, "ends": ends}
+        if process.exitcode == -signal.SIGKILL:
+            left, after = ended(below), stamp(place)
+            again = [name for name, inode in before.items() if name in after and after[name] != inode]
+            return told | {
+                "found": "killed",
+                "ok": not left and len(again) <= 1,
+                "left": left,
+                "again": again,
+            }
+        wrong = different(root, place)
+        if process.exitcode or wrong:
+            return told | {"found": f"ended with {process.exitcode}", "ok": False, "slots": wrong}
+        shutil.rmtree(place, ignore_errors=True)
+        ends += 1
 
 
 def ended(pids: set[int], seconds: float = 20) -> list[str]:
@@ -144,14 +154,12 @@ def command_kill(root: Path, number: int) -> dict[str, Any]:
 
 def campaign(count: int, root: Path) -> Iterator[Case]:
     """Return the cases."""
-    begin = time.monotonic()
     finished(root)
-    seconds = max(3.0, min(30.0, time.monotonic() - begin))
     for number in range(count):
         if number % SHARE == SHARE - 1:
             yield f"command:{number}", lambda n=number: command_kill(root, n)
         else:
-            yield f"run:{number}", lambda n=number: step_kill(root, n, seconds)
+            yield f"run:{number}", lambda n=number: step_kill(root, n)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.support.killed import Stop, run_until
 from tests.support.tiny import digests, tiny
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.killed"])
+CONTEXT.set_forkserver_preload(["tests.campaigns.warm"])
 STAGES = 1
 INTERRUPTIONS = {
     "rollouts": Stop("rollouts/pool@1", "written", "part-*.parquet", 4),

@@ -23,15 +23,8 @@ class Judge(BaseHTTPRequestHandler):
         with self.server.lock:
             seen.append({"body": body, "headers": dict(self.headers), "path": self.path})
             attempt = sum(one["body"] == body for one in seen)
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client closed the connection
             self.answer(what, body, attempt)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client closed the connection
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
 
     def answer(self, what, body, attempt):
         if what == "hang":
@@ -47,7 +40,12 @@ class Judge(BaseHTTPRequestHandler):
             for _ in range(1 << 12):
                 self.wfile.write(b" " * (1 << 14))
         elif what == "slow":
+            with self.server.lock:
+                self.server.now += 1
+                self.server.most = max(self.server.most, self.server.now)
             time.sleep(0.2)
+            with self.server.lock:
+                self.server.now -= 1  # before the answer, after which the client sends the next request
             self.say(200, {"reward": 1})
         elif what == "redirect":
             self.send_response(307)

@@ -23,7 +23,7 @@ from cropi_core.system.confinement import Limits, confine, described, filter_pro
 linux = pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")
 
 PROBE = """
-import json, os, socket, sys
+import json, os, resource, socket, sys
 from cropi_core.system.confinement import Limits, confine
 limits, landlock, place, inside = json.loads(sys.argv[1])
 said = confine(Limits(**limits), landlock=landlock)
@@ -46,6 +46,8 @@ actions = {
     "starts": lambda: os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0),
     "reads the parent": lambda: open(f"/proc/{os.getppid()}/environ", "rb").read(1),
     "signals the parent": lambda: os.kill(os.getppid(), 0),
+    "limits the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE, (0, 0)),
+    "limits itself": lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
 }
 done = []
 for name, action in actions.items():
@@ -107,7 +109,7 @@ def test_a_built_in_verifier_writes_no_file_and_opens_no_socket(tmp_path: Path, 
     """The filter of system calls is enough; with Landlock the parent is out of reach too."""
     said, done = probe(tmp_path, Limits(), landlock=landlock)
     assert said.startswith("no network, no writable files (seccomp")
-    assert done - {"signals the parent"} == {"reads", "pair"}
+    assert done - {"signals the parent"} == {"reads", "pair", "limits itself"}
     if "Landlock 6" in said or "Landlock 7" in said:
         assert "signals the parent" not in done
 
@@ -119,7 +121,7 @@ def test_a_function_writes_below_its_own_directory_only(tmp_path: Path, version:
     inside = str(tmp_path / "inside")
     said, done = probe(tmp_path, Limits(writable=(inside,)))
     assert said.startswith(f"no network, files only below {inside} (")
-    assert not done & (FILES - {"truncates"} | SOCKETS | {"reads the parent"})
+    assert not done & (FILES - {"truncates"} | SOCKETS | {"reads the parent", "limits the parent"})
     assert "truncates" not in done or version < 3
     assert {"reads", "writes inside", "starts", "pair"} <= done
 
@@ -174,7 +176,7 @@ def test_every_jump_of_the_filter_ends_at_an_answer(machine: str, limits: Limits
     audit = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
 
     def verdict(arch: int, number: int, flags: int) -> int:
-        data = {0: number, 4: arch, 16 + 8: flags, 16 + 16: flags}
+        data = {0: number, 4: arch, 16: flags, 16 + 8: flags, 16 + 16: flags}
         held, at = 0, 0
         while True:
             code, yes, no, value = program[at]
@@ -194,6 +196,9 @@ def test_every_jump_of_the_filter_ends_at_an_answer(machine: str, limits: Limits
     assert verdict(audit, opens, os.O_RDONLY | os.O_CLOEXEC) == allowed
     assert verdict(audit, opens, os.O_WRONLY) == (allowed if limits.writable else refused)
     assert verdict(audit, 425, 0) == refused
+    own_limits = {"x86_64": 302, "aarch64": 261}[machine]
+    assert verdict(audit, own_limits, 0) == allowed
+    assert verdict(audit, own_limits, 1) == refused  # a limit of another process
     assert verdict(audit, 0x40000000 | sockets, 0) == refused
     assert verdict(0x40000003, 0, 0) == refused
     assert sum(verdict(audit, number, 0) == allowed for number in range(470)) > 400

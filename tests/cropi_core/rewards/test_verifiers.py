@@ -1,5 +1,6 @@
 """Properties of grading: a hostile item affects only itself; what cannot be graded is never counted as wrong."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -90,6 +91,21 @@ def prints(completion: str, answer: str) -> float:
     return float(sys.stdin.read() == "")
 
 
+def forges(completion: str, answer: str) -> float:
+    for descriptor in range(3, 30):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b'[1.0, "", false, 0]\n' * 2)
+    return 1.0
+
+
+def starts_a_program(completion: str, answer: str) -> float:
+    """Start one in a session of its own, without this process's environment."""
+    subprocess.Popen(["sleep", answer], start_new_session=True, env={})
+    if completion == "crash":
+        os._exit(7)
+    return 1.0
+
+
 def odd(completion: str, answer: str) -> object:
     return {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "x", "0.3": 0.3, "true": True}[
         completion
@@ -112,6 +128,8 @@ FUNCTIONS = {
             hoards,
             needs_room,
             prints,
+            forges,
+            starts_a_program,
             odd,
         ),
     )
@@ -124,6 +142,7 @@ HOSTILE = [
     ("exits", "SystemExit: 3"),
     ("leaves", "crashed (exit code 7)"),
     ("shoots_itself", "crashed (signal 9)"),
+    ("forges", "the verifier wrote into the worker's replies"),
     ("eats_memory", "MemoryError"),
 ]
 
@@ -141,6 +160,16 @@ def test_a_hostile_item_affects_only_itself(name: str, reason: str):
     for i, grade in enumerate(grades):
         expected = Grade(None, reason) if items[i][0] == name else Grade(float(i % 2 == 0), "")
         assert grade == expected, i
+
+
+@linux
+@pytest.mark.parametrize("how", ["crash", "close"])
+def test_no_program_that_a_function_starts_outlives_it(how: str):
+    seconds = f"600.{os.getpid()}"
+    with Verifier(functions=FUNCTIONS) as verifier:
+        verifier.grade("starts_a_program", how, seconds)
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists()]
+    assert not [one for one in commands if seconds.encode() in one]
 
 
 def test_memory_kept_by_an_earlier_item_does_not_count_for_the_next():
