@@ -6,6 +6,7 @@ from .execution import StepResult as StepResult
 from .execution import provenance as provenance
 from .execution import publish_import as publish_import
 from .execution import run_step as run_step
+from .finished import repeat_finished as repeat_finished
 from .local import run_locally as run_locally
 from .run import Execute as Execute
 from .slots import slot_names as slot_names

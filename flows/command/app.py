@@ -271,10 +271,21 @@ def run_flow(
         DeclinedError: A selection was declined.
     """
     from flows.command.display import watcher
-    from flows.serving import reach_server
+    from flows.serving import DATABASE, home_without_server, start_server
 
     view = watcher(quiet=quiet)
-    server = reach_server(store, stack, view.note)
+    home = home_without_server(store, view.note)
+    # Prefect's database shows the finished run already; a server started for nothing would take most of the call.
+    if home is not None and (home / DATABASE).exists() and not (refresh or approve):
+        from cropi_core.curriculum import repeat_finished
+        from cropi_core.runs import summarise
+        from flows.command.summary import as_json
+
+        with view.context():
+            record = repeat_finished(config, store, view.finished)
+        if record is not None:
+            return as_json(summarise(record, store.manifest))
+    server = None if home is None else start_server(home, stack, view.note)
     # Imported while the server starts.
     from prefect.states import State
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cropi_core.artifacts.store import Store
-from cropi_core.curriculum import slot_names
+from cropi_core.curriculum import repeat_finished, slot_names
 from cropi_core.errors import ArtifactError, ConfigError, SelectionError
 from cropi_core.importing.artifacts import import_artifact
 from cropi_core.runs.records import load_run, run_id
@@ -23,6 +23,24 @@ def test_a_second_run_computes_nothing_and_touches_no_file(own_copy):
     assert set(origins(again).values()) == {"cached"}
     assert digests(again) == digests(record)
     assert artifact_files(root) == before
+
+
+def test_a_finished_run_is_repeated_only_if_every_byte_is_there(own_copy):
+    root, record = own_copy
+    seen = []
+    again = repeat_finished(tiny(), Store(root), lambda slot, result: seen.append(slot))
+    assert again is not None
+    assert digests(again) == digests(record)
+    assert set(seen) == set(slot_names(tiny()))
+    assert repeat_finished(tiny(seed=1), Store(root), lambda slot, result: None) is None  # never ran
+    path = Store(root).path(record.slots["scores@1"].ref.key) / "scores.parquet"
+    flip(path, path.stat().st_size // 2)
+    assert repeat_finished(tiny(), Store(root), lambda slot, result: None) is None
+    # The damaged artifact is left for the run that repairs it, which reports the damage; until then it is unfinished.
+    assert Store(root).damaged() == []
+    assert load_run(Store(root), record.run).status == "failed"
+    (note,) = go(tiny(), root).notes
+    assert "scores@1 was damaged" in note
 
 
 # -- changed settings ---------------------------------------------------------------------------------------
