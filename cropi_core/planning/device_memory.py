@@ -29,9 +29,11 @@ TRAINED_BYTES = 16
 """Of a parameter that trains: float32 weight, gradient and AdamW's two moments."""
 EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit")
 """Optimizers whose two moments take two bytes."""
-LOGIT_BYTES = 40
-"""Of a completion token and vocabulary entry in TRL's loss: logits in two types, their quotient by the temperature,
-log-probabilities and the gradients of these. Measured on the CPU with bfloat16 autocast, TRL 1.16."""
+LOSS_TOKENS, LOSS_ENTRIES = 4096, 32_768
+"""Completion tokens and vocabulary entries whose logits TRL's loss computes together, in the type of the products: TRL
+1.16, ``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``. A kernel of the GPU turns them into their gradient in
+place. ``tests/cropi_core/training/test_loss_memory.py`` compares both numbers with the installed TRL, and measures that
+no other memory of the loss depends on tokens times entries."""
 SAMPLED_LOGIT_BYTES = 30
 """Of a sequence and vocabulary entry in sampling by transformers: logits, log-probabilities, their float64 sums."""
 VLLM_SHARE, COLOCATED_SHARE = 0.92, 0.3
@@ -362,6 +364,28 @@ def sketch_bytes(shape: Shape, projection: Projection) -> float:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+def batch_phases(
+    shape: Shape, number: int, tokens: float, predicted: float, *, recomputes: bool, outer: bool
+) -> list[dict[str, float]]:
+    """Count a micro-batch at its two largest moments: in the backward pass of the loss, and of the embedding.
+
+    Args:
+        shape: The policy.
+        number: Bytes of a number in products.
+        tokens: Tokens of prompts and completions.
+        predicted: Tokens of completions.
+        recomputes: Whether only the inputs of layers are kept (``runtime.gradient_checkpointing``).
+        outer: Whether output layer and embedding train, so that their gradients exist.
+    """
+    kept, used = activation_bytes(shape, number)
+    layer = kept + number * (2 * shape.hidden + shape.query + shape.inner)
+    each = 4 * shape.hidden * shape.layers + layer if recomputes else shape.layers * layer
+    tile = number * min(predicted, LOSS_TOKENS) * min(shape.vocabulary, LOSS_ENTRIES)
+    gradient = 4.0 * shape.vocabulary * shape.hidden if outer else 0.0
+    loss = {"activations": tokens * (each + used), "loss": tile + gradient}
+    return [loss, {"gradients of output layer and embedding": 2 * gradient}]
+
+
 def training(config: Config, shape: Shape, prompt_tokens: float, card: Card | None = None) -> Need:
     """Count a training process: what it keeps, and the largest of sampling, a micro-batch and the optimizer step."""
     settings, runtime = config.training, config.runtime
@@ -387,18 +411,15 @@ def training(config: Config, shape: Shape, prompt_tokens: float, card: Card | No
         parts["weights in bfloat16"] = 2.0 * shape.parameters
     micro = min(runtime.train_micro_batch, settings.prompts_per_step * sampling.samples // processes)
     length = prompt_tokens + sampling.max_new_tokens
-    kept, used = activation_bytes(shape, _number(config))
-    layer = kept + _number(config) * (2 * shape.hidden + shape.query + shape.inner)
-    recomputes = runtime.gradient_checkpointing is not False
-    activations = micro * length * (4 * shape.hidden * shape.layers + layer + used)
-    if not recomputes:
-        activations = micro * length * (shape.layers * layer + used)
-    batch = {
-        "activations": activations,
-        "logits": micro * sampling.max_new_tokens * shape.vocabulary * LOGIT_BYTES,
-    }
-    optimizer = {"optimizer step": 4.0 * trained / shards}
-    phases = [batch, optimizer]
+    phases = batch_phases(
+        shape,
+        _number(config),
+        micro * length,
+        micro * sampling.max_new_tokens,
+        recomputes=runtime.gradient_checkpointing is not False,
+        outer=settings.lora is None,
+    )
+    phases.append({"optimizer step": 4.0 * trained / shards})
     if settings.engine == "transformers":
         rows = min(runtime.generation_rows, settings.prompts_per_step * sampling.samples // processes)
         cache = rows * 2 * shape.layers * shape.key * 4 * length

@@ -9,7 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages that operations create inside the context; ``peak`` is the largest sum."""
+    """Count the bytes of all storages that operations create inside the context; ``peak`` is the largest sum.
+
+    A view, or the operand of an operation in place, is not new: a slice of a weight would count as the weight.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -17,10 +20,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = {storage._cdata for storage in _storages((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
+        for storage in _storages(result):
+            if storage._cdata not in operands:
+                self._follow(storage)
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -34,3 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]

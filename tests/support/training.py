@@ -11,8 +11,13 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cropi_core.progress import silent
+from cropi_core.rewards.verifier import Verifier
+from cropi_core.training.arguments import trainer_arguments
+from cropi_core.training.draws import Draws
 from cropi_core.training.files import StageFiles
 from cropi_core.training.stage import train
+from cropi_core.training.trainer import Stage, StageTrainer, Watch, build_trainer
 from data_schemas.gradients import Objective
 from data_schemas.grading import Grading
 from data_schemas.rollouts import Sampling
@@ -113,6 +118,25 @@ def run(workspace: Path, name: str = "run", **changes: Any) -> tuple[dict[str, A
     paths = {field.name for field in fields(StageFiles)}
     arguments["files"] = replace(arguments["files"], **{k: v for k, v in changes.items() if k in paths})
     return train(**(arguments | {k: v for k, v in changes.items() if k not in paths})), workspace / name
+
+
+def loss_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    training: Training,
+    objective: Objective,
+    dtype: str = "float32",
+) -> StageTrainer:
+    """Build TRL's trainer as a stage does, for calls of its loss; it has no prompts that can be sampled."""
+    arguments = trainer_arguments(training, objective, dtype, 0, CPU, directory, 1000)
+    arguments.loss_type = objective.loss_type  # a stage uses dapo for bnpo, which is equal over a whole step
+    rows = [{"prompt_id": str(i)} for i in range(training.prompts_per_step)]
+    with Verifier() as verifier:
+        built = Stage(tokenizer, Draws(rows, training, 0), verifier, training, 0, 8)
+        trainer = build_trainer(model, tokenizer, arguments, built, Watch(training, silent), None)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
 
 
 def rows_of(target: Path) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def test_every_step_of_a_preset_fits_its_card(name):
 
 @pytest.mark.parametrize("name", ["paper-1.5b", "single-80gb"])
 def test_vllm_inside_training_fits_with_smaller_micro_batches(name):
-    overrides = ["training.engine=vllm", "runtime.train_micro_batch=1"]
+    overrides = ["training.engine=vllm", "runtime.train_micro_batch=8"]
     config, card = load_config(name, overrides), CARDS["h100-80gb"]
     need = needs_of(config, card)["training"]
     assert need.parts["vLLM in the process"] == pytest.approx(0.3 * 80e9)
@@ -140,7 +140,7 @@ def test_vllm_inside_training_fits_with_smaller_micro_batches(name):
     ("override", "step", "advice"),
     [
         ("runtime.token_budget=32768", "gradients", "runtime.token_budget=16384"),
-        ("runtime.train_micro_batch=8", "training", "runtime.train_micro_batch=2"),
+        ("runtime.train_micro_batch=64", "training", "runtime.train_micro_batch=32"),
         ('runtime.vllm.arguments=["--gpu-memory-utilization=0.05"]', "rollouts", "--gpu-memory-utilization"),
     ],
 )

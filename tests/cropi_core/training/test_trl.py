@@ -12,17 +12,14 @@ pytest.importorskip("trl", reason="training needs the extra `train`")
 from cropi_core.errors import ConfigError
 from cropi_core.gradients.objective import token_weights
 from cropi_core.policy.loading import load_policy
-from cropi_core.progress import silent
-from cropi_core.rewards.verifier import Verifier
 from cropi_core.training.arguments import trackers, trainer_arguments
-from cropi_core.training.draws import Draws
-from cropi_core.training.trainer import GRPOConfig, Stage, Watch, build_trainer
+from cropi_core.training.trainer import GRPOConfig
 from data_schemas.config import Config
 from data_schemas.gradients import Objective
 from data_schemas.runtime import Runtime
 from data_schemas.training import Training
 from data_schemas.trl import NEVER, SET_ELSEWHERE, TrlRuntime, TrlTraining
-from tests.support.training import CPU, SMALL, rows_of, run, write_policy, write_tables
+from tests.support.training import CPU, SMALL, loss_trainer, rows_of, run, write_policy, write_tables
 
 PLACES = {
     "SET_ELSEWHERE": set(SET_ELSEWHERE),
@@ -229,7 +226,6 @@ def gradient_of_trl(model, trainer, groups, behavior, advantages):
     if behavior is not None:
         inputs["old_per_token_logps"] = padded([row for group in behavior for row in group])
     model.zero_grad()
-    trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(model, inputs).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -262,12 +258,7 @@ def compare(tmp_path, loss_type, ratio, drift, *, trl=None, clip_epsilon=0.2):
     stage = Training.model_validate(
         {"prompts_per_step": 2, "sampling": {"samples": 4, "max_new_tokens": 6}, "trl": trl}
     )
-    arguments = trainer_arguments(stage, objective, "float32", 0, Runtime(device="cpu"), tmp_path, 1000)
-    arguments.loss_type = loss_type  # a stage uses dapo for bnpo, which is equal over a whole step
-    rows = [{"prompt_id": p, "messages": [{"role": "user", "content": p}]} for p in PROMPTS]
-    with Verifier() as verifier:
-        built = Stage(tokenizer, Draws(rows, stage, 0), verifier, stage, 0, 8)
-        trainer = build_trainer(model, tokenizer, arguments, built, Watch(stage, silent), None)
+    trainer = loss_trainer(model, tokenizer, tmp_path, stage, objective)
     model.train()
     advantages = torch.cat([(r - r.mean()) / (r.std() + 1e-4) for _, _, r in groups])
     theirs = gradient_of_trl(model, trainer, groups, None if ratio == "none" else behavior, advantages)
