@@ -18,6 +18,8 @@ from .rows import normalise as normalise
 from .rows import surrogate_fault as surrogate_fault
 from .similarity import mean_cosine as mean_cosine
 from .similarity import nearest as nearest
+from .similarity import row_blocks as row_blocks
+from .similarity import text_rarity as text_rarity
 from .similarity import text_vectors as text_vectors
 from .values import SAME_ROLE as SAME_ROLE
 from .values import content_text as content_text

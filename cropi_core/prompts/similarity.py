@@ -27,12 +27,14 @@ DIGITS = 9
 """Cosines are rounded, so that the order of equal ones does not depend on the order of additions."""
 
 
-def text_vectors(texts: Sequence[str]) -> np.ndarray:
-    """Return ``(n, DIMENSIONS)`` float32 vectors of length 1; an empty text has a vector of zeros."""
-    frequencies = np.zeros(BUCKETS)
-    for runs, _ in _counted(texts):
-        np.add.at(frequencies, _hashed(runs) % BUCKETS, 1)
-    rarity = np.sqrt(np.log((1 + len(texts)) / (1 + np.minimum(frequencies, len(texts)))))
+def text_vectors(texts: Sequence[str], rarity: np.ndarray | None = None) -> np.ndarray:
+    """Return ``(n, DIMENSIONS)`` float32 vectors of length 1; an empty text has a vector of zeros.
+
+    Args:
+        texts: The texts.
+        rarity: From :func:`text_rarity` of all texts that are compared, if these are some of them; default: of these.
+    """
+    rarity = text_rarity(texts) if rarity is None else rarity
     vectors = np.zeros((len(texts), DIMENSIONS), dtype=np.float32)
     for row, (runs, counts) in enumerate(_counted(texts)):
         hashed = _hashed(runs)
@@ -42,6 +44,20 @@ def text_vectors(texts: Sequence[str]) -> np.ndarray:
         vectors[row] = np.bincount(place.astype(np.int64), weights * signs, DIMENSIONS)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
+def text_rarity(texts: Sequence[str]) -> np.ndarray:
+    """Return how rare the runs of each bucket are in the texts, ``(BUCKETS,)``."""
+    frequencies = np.zeros(BUCKETS)
+    for runs, _ in _counted(texts):
+        np.add.at(frequencies, _hashed(runs) % BUCKETS, 1)
+    return np.sqrt(np.log((1 + len(texts)) / (1 + np.minimum(frequencies, len(texts)))))
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    """Yield the rows of ``count`` texts in blocks, so that a pool of a million is never one matrix."""
+    for start in range(0, count, BLOCK):
+        yield slice(start, min(start + BLOCK, count))
 
 
 def nearest(vectors: np.ndarray, others: np.ndarray, count: int) -> np.ndarray:
@@ -71,8 +87,7 @@ def mean_cosine(vectors: np.ndarray, others: np.ndarray, count: int) -> np.ndarr
 def _cosines(vectors: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield rounded cosines with all of ``others``, ``(rows, m)``, a block of rows at a time."""
     wide = others.T.astype(np.float64)
-    for start in range(0, len(vectors), BLOCK):
-        rows = slice(start, start + BLOCK)
+    for rows in row_blocks(len(vectors)):
         yield rows, (vectors[rows].astype(np.float64) @ wide).round(DIGITS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cropi_core.artifacts import read_parquet
-from cropi_core.prompts import asked_text, mean_cosine, text_vectors
+from cropi_core.prompts import asked_text, mean_cosine, row_blocks, text_rarity, text_vectors
 
 COUNTED = 5
 """How many validation prompts of a set count, the most alike, as for `scores.nearest`."""
@@ -29,10 +29,13 @@ def similarity_to_targets(prompts: Path, targets: Mapping[str, Path]) -> np.ndar
         ArtifactError: A table cannot be read.
     """
     pool, *sets = [_texts(path) for path in (prompts, *targets.values())]
-    vectors = text_vectors([text for texts in (pool, *sets) for text in texts])
-    ends = np.cumsum([len(texts) for texts in (pool, *sets)])
-    candidates, *target_vectors = np.split(vectors, ends[:-1])
-    return np.max([mean_cosine(candidates, others, COUNTED) for others in target_vectors], axis=0)
+    rarity = text_rarity([text for texts in (pool, *sets) for text in texts])
+    others = [text_vectors(texts, rarity) for texts in sets]
+    values = np.empty(len(pool))
+    for rows in row_blocks(len(pool)):
+        vectors = text_vectors(pool[rows], rarity)
+        values[rows] = np.max([mean_cosine(vectors, one, COUNTED) for one in others], axis=0)
+    return values
 
 
 def _texts(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ The length of a text decides too: the runs of bytes of :mod:`cropi_core.prompts.
 the difficulty of many tasks grows with it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from cropi_core.errors import DataError
 from cropi_core.pass_rates import observe, shared_prior
-from cropi_core.prompts import asked_text, text_vectors
+from cropi_core.prompts import asked_text, row_blocks, text_rarity, text_vectors
 from cropi_core.scores import order, tie_keys
 from cropi_core.selection.belief import mixed_chance
 from data_schemas import Waking
@@ -64,26 +65,29 @@ def waking_values(pool: pa.Table, sets: list[Sampled], *, group: int, neighbours
                 "the verifier with `cropi verify-rewards`, or set rollouts.refresh=never"
             )
         others = [asked_text(row) for row in one.prompts.select(["messages"]).to_pylist()]
-        alike = likeness(texts, others)
         prior = np.tile(shared_prior(one.passed, one.graded), (len(others), 1))
         chances = mixed_chance(observe(prior, one.passed, one.graded), group)
         count = min(neighbours, len(others))
-        nearest = np.argsort(-alike.round(9), axis=1, kind="stable")[:, :count]
-        products = np.take_along_axis(alike * chances, nearest, axis=1)
-        values = np.maximum(values, np.sort(products, axis=1).mean(axis=1))
+        for rows, alike in likeness(texts, others):
+            nearest = np.argsort(-alike.round(9), axis=1, kind="stable")[:, :count]
+            products = np.take_along_axis(alike * chances, nearest, axis=1)
+            values[rows] = np.maximum(values[rows], np.sort(products, axis=1).mean(axis=1))
     return values
 
 
-def likeness(texts: list[str], others: list[str]) -> np.ndarray:
-    """Compare texts by their runs of bytes and their lengths: ``(n, m)``, 1 for equal texts.
+def likeness(texts: list[str], others: list[str]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Compare texts by their runs of bytes and their lengths; yield rows and ``(rows, m)``, 1 for equal texts.
 
     A difference of lengths is a difference of their logarithms, in standard deviations over all texts.
     """
-    vectors = text_vectors(texts + others).astype(np.float64)
-    cosines = vectors[: len(texts)] @ vectors[len(texts) :].T
+    rarity = text_rarity(texts + others)
+    wide = text_vectors(others, rarity).astype(np.float64).T
     sizes = np.log([1 + len(text.encode("utf-8", "replace")) for text in texts + others])
-    apart = np.abs(sizes[: len(texts), None] - sizes[None, len(texts) :]) / max(float(np.std(sizes)), 1e-9)
-    return np.clip(cosines, 0, None) * np.exp(-apart / LENGTH_SCALE)
+    spread = max(float(np.std(sizes)), 1e-9)
+    for rows in row_blocks(len(texts)):
+        cosines = text_vectors(texts[rows], rarity).astype(np.float64) @ wide
+        apart = np.abs(sizes[rows, None] - sizes[None, len(texts) :]) / spread
+        yield rows, np.clip(cosines, 0, None) * np.exp(-apart / LENGTH_SCALE)
 
 
 def waking_prompts(

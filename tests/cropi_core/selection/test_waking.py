@@ -57,9 +57,18 @@ def test_the_order_of_the_pool_does_not_decide():
 
 
 def test_equal_texts_are_alike_and_length_counts():
-    alike = likeness(["rev:abcdef=", "rev:abcdefgh="], ["rev:abcdef="])
+    ((_, alike),) = likeness(["rev:abcdef=", "rev:abcdefgh="], ["rev:abcdef="])
     assert alike[0, 0] == pytest.approx(1)
     assert alike[1, 0] < 0.05
+
+
+def test_blocks_of_a_pool_have_the_values_of_the_whole(monkeypatch):
+    rates = {"reverse-6": 0.5, "reverse-8": 0.25, "reverse-10": 0.0}
+    whole = waking_values(POOL, [sampled(rates)], group=8, neighbours=4)
+    monkeypatch.setattr("cropi_core.prompts.similarity.BLOCK", 7)
+    np.testing.assert_allclose(
+        waking_values(POOL, [sampled(rates)], group=8, neighbours=4), whole, atol=1e-12
+    )
 
 
 def test_a_set_that_was_not_graded_is_refused():
