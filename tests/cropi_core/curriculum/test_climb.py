@@ -13,6 +13,8 @@ from cropi_core.curriculum import run_locally, slot_names
 from cropi_core.planning.rehearsal import rehearse
 from cropi_core.report.page import render
 from cropi_core.runs import Artifacts
+from cropi_core.study.plan import cells, load_study
+from cropi_core.study.stages import mean_level
 from data_schemas import Slot
 
 SETTINGS = [
@@ -116,3 +118,15 @@ def test_the_plan_lists_the_steps(climbed, tmp_path):
         "gradients/halves@1",
         "gradients/halves@2",
     }
+
+
+@pytest.mark.extended
+def test_the_level_of_what_is_selected_rises_over_three_stages_of_the_ladder(tmp_path):
+    study = load_study("climb").model_copy(update={"seeds": [100]})
+    (cell,) = (one for one in cells(study) if (one.world, one.arm) == ("ladder", "cropi"))
+    config = cell.config.model_copy(update={"stages": 3, "ends_with": "selection"})
+    record = run_locally(config, tmp_path)
+    store = Store(tmp_path)
+    summaries = [store.manifest(record.slots[f"selection@{stage}"].ref).summary for stage in (1, 2, 3)]
+    first, second, third = (mean_level(summary["levels"]) for summary in summaries)
+    assert first + 0.4 < second < third  # 6.06, 6.84, 6.98 on an AMD EPYC
