@@ -8,16 +8,18 @@ Runs nothing: it compares what is finished of ``configs/studies/climb.yaml`` und
 scored once, is an arm of the same study.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from finished_study import finished_study
 
 from cropi_core.statistics import bootstrap
-from cropi_core.study.compare import pair_ratio
+from cropi_core.study.compare import compare, pair_ratio
 from cropi_core.study.measure import Curve
-from cropi_core.study.statistics import median
+from cropi_core.study.statistics import median, reach
 from data_schemas import Study
 
 CLIMBING = ("ladder", "moving")
@@ -27,9 +29,11 @@ SINGLE = ("cropi", "once", "pass_rate", "random")
 POINT = 0.01
 
 
-def final(curve: Curve) -> float:
-    """Return the accuracy on the targets at the end."""
-    return curve.line("steps")[1][-1]
+def final(curve: Curve, curves: Sequence[Curve]) -> float:
+    """Return the accuracy on the targets after the steps that all arms take: `once` takes more."""
+    steps, values = curve.line("steps")
+    end = min(other.points[-1].steps for other in curves)
+    return values[steps.index(end)]
 
 
 def ratios(curves: Sequence[Curve], arm: str, worlds: Sequence[str]) -> list[list[float]]:
@@ -55,6 +59,29 @@ def cost_over_once(study: Study, curves: Sequence[Curve], arm: str, worlds: Sequ
     return {"median": float(median(flat)), "ci95_low": low, "ci95_high": high, "pairs": len(flat)}
 
 
+def cost_to_arms_level(curves: Sequence[Curve], arm: str, worlds: Sequence[str]) -> dict[str, Any]:
+    """Compare the total costs to the arm's final accuracy: the other way round than :func:`cost_over_once`.
+
+    Where `once` never reaches that accuracy, its whole cost counts, so the ratio is a lower bound.
+    """
+    found, never = [], 0
+    for world in worlds:
+        by = {(c.arm, c.seed): c for c in curves if c.world == world}
+        for name, seed in sorted(by):
+            if name != arm or ("once", seed) not in by:
+                continue
+            (x, y), (ox, oy) = by[name, seed].line("work"), by["once", seed].line("work")
+            needed, other = reach(x, y, y[-1]), reach(ox, oy, y[-1])
+            never += math.isinf(other)
+            if needed > 0:
+                found.append(min(other, ox[-1]) / needed)
+    return {
+        "median_at_least": float(median(np.array(found))) if found else None,
+        "once_never": never,
+        "pairs": len(found),
+    }
+
+
 def within_one_point(curves: Sequence[Curve]) -> tuple[float | None, int, float | None]:
     """Compare `auto` with the single strategies of the same world and seed.
 
@@ -62,7 +89,7 @@ def within_one_point(curves: Sequence[Curve]) -> tuple[float | None, int, float 
         The share of runs within a point of the best of them, their number, and the mean lead over `random` in points.
     """
     close, leads = [], []
-    by = {(c.world, c.arm, c.seed): final(c) for c in curves}
+    by = {(c.world, c.arm, c.seed): final(c, curves) for c in curves}
     for (world, arm, seed), value in by.items():
         others = [by[world, name, seed] for name in SINGLE if (world, name, seed) in by]
         if arm != "auto" or len(others) < len(SINGLE):
@@ -83,6 +110,11 @@ def main() -> None:
     done = finished_study(__doc__, "climb")
     study, curves = done.study, done.curves
     share, runs, lead = within_one_point(curves)
+    mean_curves = {
+        (row.world, row.arm): asdict(row.speed["work"].curves)
+        for row in compare(study, curves)
+        if row.speed and row.speed["work"].curves
+    }
     climbing = {arm: cost_over_once(study, curves, arm, CLIMBING) for arm in study.arms if arm != "once"}
     figures = {
         "median_cost_ratio_over_once": climbing["cropi"]["median"],
@@ -91,15 +123,20 @@ def main() -> None:
         "auto_runs_compared": runs,
         "auto_points_over_random": lead,
         "mean_level_by_stage": levels(curves, "cropi"),
+        "seed_numbers": sorted({c.seed for c in curves}),
         "seeds": len({c.seed for c in curves if c.arm == "cropi" and c.world in CLIMBING}),
         "cost_over_once": climbing,
+        "cost_to_arms_level": {
+            arm: cost_to_arms_level(curves, arm, CLIMBING) for arm in study.arms if arm != "once"
+        },
         "worlds": {
             world: {
                 arm: {
                     "final_points": [
-                        round(100 * final(c), 2) for c in curves if (c.world, c.arm) == (world, arm)
+                        round(100 * final(c, curves), 2) for c in curves if (c.world, c.arm) == (world, arm)
                     ],
                     "cost_over_once": cost_over_once(study, curves, arm, [world]) if arm != "once" else None,
+                    "cost_over_once_of_mean_curves": mean_curves.get((world, arm)),
                     "verdicts": [
                         [facts.grade for facts in c.stages]
                         for c in curves
