@@ -85,9 +85,11 @@ from .tables import GROUPS as GROUPS
 from .tables import MESSAGE as MESSAGE
 from .tables import PROMPTS as PROMPTS
 from .tables import ROLLOUTS as ROLLOUTS
+from .tables import ROLLOUTS_OPTIONAL as ROLLOUTS_OPTIONAL
 from .tables import SCORE_FIXED as SCORE_FIXED
 from .tables import SELECTION as SELECTION
 from .tables import STATUSES as STATUSES
+from .tables import rollouts_schema as rollouts_schema
 from .tables import scores_schema as scores_schema
 from .training import Draw as Draw
 from .training import Lora as Lora

@@ -353,7 +353,7 @@ def verifier_names(data: Data, grading: Grading) -> list[str]:
             chosen |= {f"{place}.tasks.{name}": task.verifier for name, task in source.tasks.items()}
     return [
         f"{place}.verifier={verifier} is not one of {', '.join(grading.verifiers)}; define it in "
-        "grading.functions or grading.http"
+        "grading.functions, grading.http or grading.sums"
         for place, verifier in chosen.items()
         if verifier is not None and verifier not in grading.verifiers
     ]

@@ -54,6 +54,10 @@ class Grading(Section):
     http: Annotated[dict[Name, HttpVerifier], LATER] = Field(
         default_factory=dict, description="Servers that grade, by name."
     )
+    sums: Annotated[dict[Name, dict[Name, float]], LATER] = Field(
+        default_factory=dict,
+        description="Weighted sums of verifiers, by name, such as `{correct: {math: 1, brief: 0.2}}`.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Grading":
@@ -63,14 +67,32 @@ class Grading(Section):
                 ("functions", set(self.functions) & set(VERIFIERS), "are built in"),
                 ("http", set(self.http) & set(VERIFIERS), "are built in"),
                 ("http", set(self.http) & set(self.functions), "functions names too"),
+                ("sums", set(self.sums) & set(self.single), "are verifiers already"),
             )
             if duplicates
         ]
+        for name, terms in self.sums.items():
+            if unknown := sorted(set(terms) - set(self.single)):
+                faults.append(
+                    f"sums.{name} has the term {unknown[0]!r}, which is not a verifier; there are "
+                    f"{', '.join(self.single)}"
+                )
+            if not any(terms.values()):
+                faults.append(f"sums.{name} has no term with a weight other than 0")
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
     @property
     def verifiers(self) -> tuple[str, ...]:
-        """Names of all configured verifiers, built-in ones included."""
+        """Names of all configured verifiers, built-in ones and sums included."""
+        return (*self.single, *self.sums)
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Names of the verifiers that are not sums of others."""
         return (*VERIFIERS, *self.functions, *self.http)
+
+    def terms(self, verifier: str) -> tuple[str, ...]:
+        """Return the verifiers that a verifier adds up: its terms, or itself."""
+        return tuple(sorted(self.sums[verifier])) if verifier in self.sums else (verifier,)

@@ -1,5 +1,7 @@
 """Arrow schemas of the Parquet tables that users read and write. Column names are a stable interface."""
 
+from collections.abc import Collection
+
 import pyarrow as pa
 
 MESSAGE = pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
@@ -30,6 +32,19 @@ ROLLOUTS = pa.schema(
     ]
 )
 """One row per completion, a prompt's rows adjacent. ``reward`` null: not gradable. ``finish_reason``: stop, length."""
+
+TERM = pa.struct([pa.field("verifier", pa.string(), False), pa.field("reward", pa.float32())])
+
+ROLLOUTS_OPTIONAL = pa.schema([pa.field("reward_terms", pa.list_(TERM))])
+"""Columns that rollouts may have. ``reward_terms``: of a reward that is a weighted sum, what each verifier gave, before
+its weight; null if the term is not gradable.
+"""
+
+
+def rollouts_schema(names: Collection[str]) -> pa.Schema:
+    """Return the schema of rollouts with those of the optional columns that ``names`` has."""
+    return pa.schema([*ROLLOUTS, *(field for field in ROLLOUTS_OPTIONAL if field.name in names)])
+
 
 STATUSES = ("ok", "zero_variance", "not_finite", "too_few_gradable")
 """Names of the gradient store's ``status`` values 0 to 3."""

@@ -70,7 +70,7 @@ _LOCAL = "a stage sends nothing to a hub"
 _EVALUATION = "a separate step evaluates the sets after the stage"
 _LOG = "every step is logged once"
 _TYPE = "weights are trained in float32, and policy.dtype says what the forward computes in"
-_REWARDS = "there is one reward, the verifier's"
+_REWARDS = "the reward is the verifier's, which may be a weighted sum (grading.sums)"
 _TOOLS = "there are no tools, environments or images in a stage"
 
 NEVER = {

@@ -6,6 +6,7 @@
 Options and output only: :mod:`cropi_core.rewards.regrading` grades and compares.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,8 @@ def verify_rewards(
 
     A file has the columns `completion` (or `text`) and `answer`, and `reward` unless --against names a verifier. The
     exit status is 0 if all rewards are equal, 3 if some differ, 1 or 2 after an error. A server is named as in a
-    configuration: `-o 'grading.http.judge={url: http://localhost:8000/grade}' --verifier judge`.
+    configuration: `-o 'grading.http.judge={url: http://localhost:8000/grade}' --verifier judge`, and so is a weighted
+    sum: `-o 'grading.sums.both={math: 1, exact: 0.2}' --verifier both`, which also shows each term.
     """
     grading = _grading(function or [], override or [])
     rows = (
@@ -161,6 +163,7 @@ def _show(regraded: "Regraded", verifier: str, before: str, show: int, as_json: 
             "answer": change.row.answer[:SHOWN_CHARACTERS],
             "completion": change.row.completion[-SHOWN_CHARACTERS:],
             "reason": change.reason,
+            **({"terms": dict(change.terms)} if regraded.terms else {}),
         }
         for change in regraded.changes[:show]
     ]
@@ -172,6 +175,7 @@ def _show(regraded: "Regraded", verifier: str, before: str, show: int, as_json: 
                 "changed": len(regraded.changes),
                 "mean_reward": {"before": regraded.before, "after": regraded.after},
                 "not_gradable": missing,
+                **({"mean_terms": regraded.terms} if regraded.terms else {}),
                 "changes": changes,
             }
         )
@@ -181,8 +185,17 @@ def _show(regraded: "Regraded", verifier: str, before: str, show: int, as_json: 
         f"{len(regraded.changes)} of {regraded.rows} rewards differ between {before} and {verifier}: mean {means[0]} "
         f"and {means[1]}, not gradable {regraded.not_gradable[0]} and {regraded.not_gradable[1]}"
     )
+    if regraded.terms:
+        say(f"means of the terms of {verifier}, before their weights: {_terms(regraded.terms)}")
     if changes:
-        names = ("row", "before", "after", "answer", "end of the completion", "reason")
+        names = ["row", "before", "after", "answer", "end of the completion", "reason"]
+        if regraded.terms:
+            names.append("terms")
+            changes = [change | {"terms": _terms(change["terms"])} for change in changes]
         print_table(
             names, [["null" if v is None else " ".join(str(v).split()) for v in c.values()] for c in changes]
         )
+
+
+def _terms(terms: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {'null' if value is None else f'{value:.4g}'}" for name, value in terms.items())

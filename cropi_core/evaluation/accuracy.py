@@ -29,6 +29,7 @@ from cropi_core.rollouts import (
     RolloutPlan,
     check_sources,
     list_lengths,
+    mean_terms,
     open_sampler,
     parity_summary,
     read_rollouts,
@@ -36,6 +37,8 @@ from cropi_core.rollouts import (
 )
 from data_schemas import EVALUATION, Evaluation, Grading, Runtime
 
+TERMS = "reward_terms"
+"""Column that completions graded by a weighted sum of verifiers also have, as in rollouts."""
 SHARD_PROMPTS = 64
 """Prompts in a shard, the most that an interruption can cost. Completions do not depend on it."""
 
@@ -114,7 +117,8 @@ def evaluate(
     results = {
         name: set_accuracy(table, name, reasons[name], settings.pass_at) for name, table in tables.items()
     }
-    write_parquet(pa.concat_tables(tables.values()).combine_chunks(), files.completions)
+    joined = pa.concat_tables(tables.values(), promote_options="default")
+    write_parquet(joined.combine_chunks(), files.completions)
     write_atomic(files.accuracy, json.dumps(results, indent=1, sort_keys=True) + "\n")
     summary = _summary(results, tables, settings)
     parts = {
@@ -163,7 +167,16 @@ def _summary(
     results: Mapping[str, Mapping[str, Any]], tables: Mapping[str, pa.Table], settings: Evaluation
 ) -> dict[str, Any]:
     """Summarise an evaluation for its manifest."""
-    shown = ("accuracy", "low", "high", "prompts", "completions", "not_gradable", "pass_at")
+    shown = (
+        "accuracy",
+        "low",
+        "high",
+        "prompts",
+        "completions",
+        "not_gradable",
+        "pass_at",
+        "mean_reward_terms",
+    )
     return {
         "accuracy": {
             name: {key: result[key] for key in shown if key in result} for name, result in results.items()
@@ -188,7 +201,10 @@ def evaluation_table(name: str, rollouts: pa.Table) -> pa.Table:
         "tokens": pa.array(list_lengths(rollouts["completion_ids"])),
         **{key: rollouts[key] for key in ("prompt_id", "sample", "text", "reward", "finish_reason")},
     }
-    return pa.Table.from_arrays([columns[key] for key in EVALUATION.names], schema=EVALUATION)
+    table = pa.Table.from_arrays([columns[key] for key in EVALUATION.names], schema=EVALUATION)
+    if TERMS not in rollouts.column_names:
+        return table
+    return table.append_column(rollouts.schema.field(TERMS), rollouts[TERMS])
 
 
 def set_accuracy(
@@ -209,7 +225,8 @@ def set_accuracy(
         ``accuracy`` with its interval ``low`` to ``high`` (:func:`cropi_core.evaluation.intervals.interval`),
         ``prompts`` and ``completions`` of the set, ``graded_prompts`` with at least one graded completion,
         ``not_gradable`` completions, ``mean_tokens`` of a completion, ``truncated`` share of the completions,
-        ``effective_samples``, and ``pass_at`` if it has values of k.
+        ``effective_samples``, ``pass_at`` if it has values of k, and with weighted sums of verifiers
+        ``mean_reward_terms``, the mean over completions by term.
 
     Raises:
         DataError: No completion of the set can be graded, or a reward is outside [0, 1].
@@ -227,6 +244,7 @@ def set_accuracy(
     means = np.array([np.mean(group) for group in graded])
     completions = sum(map(len, graded))
     low, high = interval(means, completions)
+    terms = mean_terms(table[TERMS].to_pylist()) if TERMS in table.column_names else {}
     return {
         "accuracy": float(means.mean()),
         "low": low,
@@ -239,6 +257,7 @@ def set_accuracy(
         "mean_tokens": float(table["tokens"].to_numpy().mean()),
         "truncated": table["finish_reason"].to_pylist().count("length") / table.num_rows,
         **({"pass_at": set_pass_at(graded, pass_at)} if pass_at else {}),
+        **({"mean_reward_terms": terms} if terms else {}),
     }
 
 

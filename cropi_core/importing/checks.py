@@ -14,7 +14,7 @@ import pyarrow.compute
 
 from cropi_core.artifacts import Faults, check_suffix, read_jsonl, read_parquet
 from cropi_core.errors import recorded_errors
-from data_schemas import ROLLOUTS, SCORE_FIXED, SELECTION, STATUSES, scores_schema
+from data_schemas import SCORE_FIXED, SELECTION, STATUSES, rollouts_schema, scores_schema
 
 pc: Any = pyarrow.compute  # its functions are created at import time, so type checkers do not see them
 LOGPROB_SLACK = 1e-3
@@ -104,6 +104,15 @@ def _fits(value: Any, kind: pa.DataType) -> bool:
         return isinstance(value, int) and -(2**31) <= value < 2**31
     if pa.types.is_floating(kind):
         return isinstance(value, int | float)
+    if pa.types.is_struct(kind):
+        fields = {field.name: field for field in kind}
+        return (
+            isinstance(value, dict)
+            and value.keys() == fields.keys()
+            and all(
+                _fits(value[n], f.type) and (f.nullable or value[n] is not None) for n, f in fields.items()
+            )
+        )
     return isinstance(value, list) and all(_fits(item, kind.value_type) for item in value)
 
 
@@ -136,7 +145,7 @@ def check_rollouts(columns: Columns, what: str, max_new_tokens: int) -> pa.Table
         DataError: The table is invalid; the message has a line for every fault.
     """
     faults = Faults(what)
-    table = conform(columns, ROLLOUTS, {}, faults)
+    table = conform(columns, rollouts_schema(columns), {}, faults)
     lengths = pc.list_value_length(table["completion_ids"])
     faults.add_rows("completion_ids is empty", _rows(pc.equal(lengths, 0)))
     faults.add_rows("prompt_ids is empty", _rows(pc.equal(pc.list_value_length(table["prompt_ids"]), 0)))

@@ -255,7 +255,8 @@ def check_verifiers(sets: dict[str, Path], known: Sequence[str]) -> frozenset[st
             faults.append(f"{name}: verifier {', '.join(map(repr, strangers))} is none of {', '.join(known)}")
     if faults:
         raise ConfigError(
-            "; ".join(faults) + "; define it in grading.functions or grading.http, or map the column"
+            "; ".join(faults)
+            + "; define it in grading.functions, grading.http or grading.sums, or map the column"
         )
     return frozenset(used)
 

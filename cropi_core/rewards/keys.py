@@ -38,9 +38,8 @@ def key_settings(grading: Grading, verifiers: Iterable[str] = ()) -> dict[str, A
         }
     if grading.http:
         settings["http"] = {name: one.version or one.url for name, one in grading.http.items()}
-    if versions := {
-        name: VERIFIER_VERSIONS[name] for name in sorted(VERIFIER_VERSIONS.keys() & set(verifiers))
-    }:
+    used = {term for name in verifiers for term in grading.terms(name)}
+    if versions := {name: VERIFIER_VERSIONS[name] for name in sorted(VERIFIER_VERSIONS.keys() & used)}:
         settings["verifiers"] = versions
     return settings
 

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import IO, cast
 
@@ -59,10 +59,17 @@ _logged: set[str] = set()
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict: a reward, or None with the reason."""
+    """A verdict: a reward, or None with the reason.
+
+    Attributes:
+        reward: The reward; None if the completion is not gradable.
+        reason: Why it is not gradable; empty otherwise.
+        terms: Of a weighted sum: the reward that each of its verifiers gave, before its weight.
+    """
 
     reward: float | None
     reason: str
+    terms: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def functions_limits() -> Limits:

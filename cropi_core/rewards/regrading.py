@@ -5,7 +5,7 @@ compared = regrade(rows, "numeric", verifier)        # one change: 0 became 1
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cropi_core.rewards.verifier import Item, Verifier
@@ -32,11 +32,19 @@ class Graded:
 
 @dataclass(frozen=True)
 class Change:
-    """A completion whose reward changed; ``after`` is None, with a reason, if it is not gradable now."""
+    """A completion whose reward changed.
+
+    Attributes:
+        row: The completion.
+        after: Its reward now; None if it is not gradable.
+        reason: Why it is not gradable now.
+        terms: Of a weighted sum: the reward that each of its verifiers gave now, before its weight.
+    """
 
     row: Graded
     after: float | None
     reason: str
+    terms: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Regraded:
         after: Mean of the new rewards.
         not_gradable: Number of completions without a reward, before and after.
         changes: The changed completions, largest difference first; a reward that is lost or gained is the largest.
+        terms: Of a weighted sum: the mean of the rewards that each of its verifiers gave, None if there are none.
     """
 
     rows: int
@@ -56,6 +65,7 @@ class Regraded:
     after: float | None
     not_gradable: tuple[int, int]
     changes: list[Change]
+    terms: dict[str, float | None] = field(default_factory=dict)
 
 
 def regrade(rows: Sequence[Graded], name: str, verifier: Verifier) -> Regraded:
@@ -66,7 +76,7 @@ def regrade(rows: Sequence[Graded], name: str, verifier: Verifier) -> Regraded:
     """
     grades = verifier.grade_many([Item(name, row.completion, row.answer, row.prompt) for row in rows])
     changes = [
-        Change(row, grade.reward, grade.reason)
+        Change(row, grade.reward, grade.reason, grade.terms)
         for row, grade in zip(rows, grades, strict=True)
         if row.reward != grade.reward
     ]
@@ -74,7 +84,11 @@ def regrade(rows: Sequence[Graded], name: str, verifier: Verifier) -> Regraded:
     before = [row.reward for row in rows if row.reward is not None]
     after = [grade.reward for grade in grades if grade.reward is not None]
     missing = len(rows) - len(before), len(rows) - len(after)
-    return Regraded(len(rows), _mean(before), _mean(after), missing, changes)
+    terms = {
+        name: _mean([value for grade in grades if (value := grade.terms.get(name)) is not None])
+        for name in sorted({name for grade in grades for name in grade.terms})
+    }
+    return Regraded(len(rows), _mean(before), _mean(after), missing, changes, terms)
 
 
 def _difference(change: Change) -> float:

@@ -11,6 +11,7 @@ is graded once.
 """
 
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -64,6 +65,7 @@ def open_verifier(grading: Grading) -> "Verifier":
         memory_mb=grading.memory_mb,
         functions=grading.functions,
         http=grading.http,
+        sums=grading.sums,
     )
 
 
@@ -80,6 +82,19 @@ def best_grade(grades: Sequence[Grade]) -> Grade:
     if best is not None and (unknown is None or (best.reward or 0.0) >= 1.0):
         return best
     return unknown or Grade(None, "there is no answer to compare with")
+
+
+def weighted_sum(weights: Mapping[str, float], grades: Mapping[str, Grade]) -> Grade:
+    """Add up the rewards of several verifiers, each times its weight.
+
+    A sum is not gradable if one of its terms with a weight other than 0 is not: without it, the sum would mean
+    something else. A term with the weight 0 is kept and does not count.
+    """
+    terms = {name: grades[name].reward for name in sorted(weights)}
+    missing = [name for name, reward in terms.items() if reward is None and weights[name]]
+    if missing:
+        return Grade(None, f"{missing[0]}: {grades[missing[0]].reason}", terms)
+    return Grade(math.fsum(weights[name] * (reward or 0.0) for name, reward in terms.items()), "", terms)
 
 
 def _prompt(item: Item) -> bytes | None:
@@ -99,6 +114,7 @@ class Verifier:
         functions: The user's functions: name to ``package.module:function`` or ``path/to/file.py:function``, which
             takes ``(completion, answer)`` and returns a finite number. Imported immediately, and only in their worker.
         http: Grading servers, by name.
+        sums: Weights by verifier of each weighted sum, by its name.
         cache: Cached rewards; by default shared by the whole process.
 
     Raises:
@@ -113,6 +129,7 @@ class Verifier:
         memory_mb: int = 1024,
         functions: Mapping[str, str] | None = None,
         http: Mapping[str, HttpVerifier] | None = None,
+        sums: Mapping[str, Mapping[str, float]] | None = None,
         cache: GradeCache = SHARED,
     ):
         if not 0 < timeout < float("inf") or memory_mb < 1:
@@ -122,7 +139,8 @@ class Verifier:
             raise ConfigError(
                 f"functions may not replace the built-in verifiers {', '.join(taken)}; rename them"
             )
-        self.names = (*VERIFIERS, *functions, *http)
+        self.sums = sums or {}
+        self.names = (*VERIFIERS, *functions, *http, *self.sums)
         sources = {name: (path, source_digest(path)) for name, path in functions.items()}
         self.identities: dict[str, Any] = {
             **sources,
@@ -163,6 +181,9 @@ class Verifier:
             single = [replace(item, answer=a) for item in given for a in item.answer.split(ALTERNATIVE)]
             grades = iter(self.grade_many(single))
             return [best_grade([next(grades) for _ in item.answer.split(ALTERNATIVE)]) for item in given]
+        if any(item.verifier in self.sums for item in given):
+            terms = iter(self.grade_many([term for item in given for term in self.terms(item)]))
+            return [self._sum(item, [next(terms) for _ in self.terms(item)]) for item in given]
         wanted = [self._shortened(item) for item in given]
         self.check({item.verifier for item in wanted})
         keys = [self._key(item) for item in wanted]
@@ -181,11 +202,11 @@ class Verifier:
         Raises:
             ConfigError: A name is unknown, or the package that a verifier needs is not installed.
         """
-        names = set(names)
+        names = {term for name in names for term in self.sums.get(name, (name,))}
         if unknown := sorted(names - set(self.names)):
             raise ConfigError(
                 f"unknown verifier {', '.join(map(repr, unknown))}; choose from {', '.join(self.names)}, or name it in "
-                "grading.functions or grading.http"
+                "grading.functions, grading.http or grading.sums"
             )
         for name in sorted(names & set(IMPORTED)):
             module, package, extra = IMPORTED[name]
@@ -206,7 +227,7 @@ class Verifier:
         if process is None:
             return
         chosen: dict[str, list[Item]] = {name: [] for name in process.functions}
-        for item in items:
+        for item in (term for one in items for term in self.terms(one)):
             if len(chosen.get(item.verifier, range(TRIED))) < TRIED:
                 chosen[item.verifier].append(item)
         for name, some in chosen.items():
@@ -219,6 +240,19 @@ class Verifier:
                     f"grading.functions.{name} gave no reward for any of {len(grades)} items: {grades[0].reason}. "
                     f"The first was completion {tried[0].completion[:60]!r} with answer {tried[0].answer[:60]!r}"
                 )
+
+    def terms(self, item: Item) -> list[Item]:
+        """Return the items whose rewards a weighted sum adds up; an item of another verifier is its own term."""
+        weights = self.sums.get(item.verifier)
+        return [item] if weights is None else [replace(item, verifier=name) for name in sorted(weights)]
+
+    def _sum(self, item: Item, grades: Sequence[Grade]) -> Grade:
+        weights = self.sums.get(item.verifier)
+        return (
+            grades[0]
+            if weights is None
+            else weighted_sum(weights, dict(zip(sorted(weights), grades, strict=True)))
+        )
 
     def close(self) -> None:
         """End the worker; a later call to grade starts a new one."""

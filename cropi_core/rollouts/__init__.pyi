@@ -14,6 +14,7 @@ from .samplers import open_sampler as open_sampler
 from .sampling import Completion as Completion
 from .sampling import sample_completions as sample_completions
 from .table import list_lengths as list_lengths
+from .table import mean_terms as mean_terms
 from .table import part_path as part_path
 from .table import read_rollouts as read_rollouts
 from .table import sampling_of as sampling_of

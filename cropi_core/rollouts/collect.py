@@ -31,8 +31,13 @@ from cropi_core.rewards import Grade, Item, Verifier, answer_warnings, open_veri
 from cropi_core.rollouts.parity import PARITY, parity_summary
 from cropi_core.rollouts.passes import open_prompts, pass_sizes
 from cropi_core.rollouts.samplers import Sampled, Sampler, open_sampler
-from cropi_core.rollouts.table import part_path, read_rollouts, summarise_rollouts
-from data_schemas import ROLLOUTS, Engine, Grading, Passes, Runtime, Sampling
+from cropi_core.rollouts.table import (
+    join_rollouts,
+    part_path,
+    read_rollouts,
+    summarise_rollouts,
+)
+from data_schemas import Engine, Grading, Passes, Runtime, Sampling, rollouts_schema
 
 log = logging.getLogger(__name__)
 
@@ -298,7 +303,7 @@ def _write_passes(
 
 def _joined(tables: list[pa.Table], prompts: list[dict[str, Any]]) -> pa.Table:
     """Join the passes of a shard, in the order of its prompts and their samples, with the metadata of the first."""
-    table = pa.concat_tables(tables)
+    table = join_rollouts(tables)
     order = {row["prompt_id"]: place for place, row in enumerate(prompts)}
     places = pa.array([order[name] for name in table["prompt_id"].to_pylist()])
     sorting = [("place", "ascending"), ("sample", "ascending")]
@@ -379,8 +384,13 @@ def _write_parts(
 
 def _warn_of_answers(verifier: Verifier, table: pa.Table) -> list[str]:
     """Log and return warnings about answers that their verifiers cannot read."""
-    columns = (table[name].to_pylist() for name in ("verifier", "prompt_id", "answer"))
-    warnings = answer_warnings(verifier, zip(*columns, strict=True))
+    rows = table.select(["verifier", "prompt_id", "answer"]).to_pylist()
+    answers = [
+        (term.verifier, row["prompt_id"], row["answer"])
+        for row in rows
+        for term in verifier.terms(Item(row["verifier"], "", row["answer"]))
+    ]
+    warnings = answer_warnings(verifier, answers)
     for warning in warnings:
         log.warning("%s", warning)
     return warnings
@@ -389,8 +399,18 @@ def _warn_of_answers(verifier: Verifier, table: pa.Table) -> list[str]:
 def _warn(rows: list[dict[str, Any]], table: pa.Table) -> list[str]:
     """Log and return the warnings about the verifiers of one part."""
     verifiers = {row["prompt_id"]: row["verifier"] for row in rows}
-    columns = table.select(["prompt_id", "reward"]).to_pylist()
-    warnings = verifier_warnings((verifiers[c["prompt_id"]], c["prompt_id"], c["reward"]) for c in columns)
+    rewards = [
+        (verifiers[c["prompt_id"]], c["prompt_id"], c["reward"])
+        for c in table.select(["prompt_id", "reward"]).to_pylist()
+    ]
+    if "reward_terms" in table.column_names:
+        columns = table.select(["prompt_id", "reward_terms"]).to_pylist()
+        rewards += [
+            (term["verifier"], c["prompt_id"], term["reward"])
+            for c in columns
+            for term in c["reward_terms"] or []
+        ]
+    warnings = verifier_warnings(rewards)
     for warning in warnings:
         log.warning("%s", warning)
     return warnings
@@ -423,4 +443,10 @@ def _graded(
         record["reward"] = grade.reward
         if grade.reward is None:
             reasons[grade.reason] += 1
-    return pa.Table.from_pylist(records, schema=ROLLOUTS)
+    optional = ["reward_terms"] if verifier.sums else []  # all parts have the same columns
+    if optional:
+        for record, grade in zip(records, grades, strict=True):
+            record["reward_terms"] = [
+                {"verifier": name, "reward": reward} for name, reward in grade.terms.items()
+            ] or None
+    return pa.Table.from_pylist(records, schema=rollouts_schema(optional))

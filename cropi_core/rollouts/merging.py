@@ -10,9 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from cropi_core.artifacts import read_parquet, write_parquet
+from cropi_core.artifacts import write_parquet
 from cropi_core.errors import DataError
-from cropi_core.rollouts.table import part_path, read_rollouts, sampling_of, summarise_rollouts
+from cropi_core.rollouts.table import (
+    join_rollouts,
+    part_path,
+    read_part,
+    read_rollouts,
+    sampling_of,
+    summarise_rollouts,
+)
 
 SEVERAL = b"several"
 """Policy of rollouts that several policies sampled, in the metadata of their parts."""
@@ -52,7 +59,7 @@ def merge_rollouts(
     out.mkdir(parents=True, exist_ok=True)
     parts = sorted(stored.glob("part-*.parquet")) if stored.is_dir() else [stored]
     for index, part in enumerate(parts):
-        table = read_parquet(part).select(new.column_names).cast(new.schema.with_metadata(None))
+        table = read_part(part).replace_schema_metadata(None)
         names = list(dict.fromkeys(table["prompt_id"].to_pylist()))
         kept = table.filter(pa.array([name not in renewed for name in table["prompt_id"].to_pylist()]))
         if not keep_stored:
@@ -60,7 +67,7 @@ def merge_rollouts(
             field = kept.schema.field(place)
             kept = kept.set_column(place, field, pa.nulls(kept.num_rows, field.type))
         taken = new.take(pa.array([row for name in names for row in rows.get(name, [])], pa.int64()))
-        joined = pa.concat_tables([kept, taken.replace_schema_metadata(None)])
+        joined = join_rollouts([kept, taken.replace_schema_metadata(None)])
         places = {name: place for place, name in enumerate(names)}
         order = pa.array([places[name] for name in joined["prompt_id"].to_pylist()], pa.int64())
         keys = [("place", "ascending"), ("sample", "ascending")]

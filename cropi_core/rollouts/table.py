@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from cropi_core.artifacts import JSONL, check_field_names, read_parquet
 from cropi_core.errors import ConfigError, DataError, foreign_errors, in_one_line
 from cropi_core.statistics import pass_rate_counts
-from data_schemas import ROLLOUTS, Sampling
+from data_schemas import ROLLOUTS, Sampling, rollouts_schema
 
 
 def part_path(directory: Path, index: int) -> Path:
@@ -29,25 +30,36 @@ def read_rollouts(path: Path) -> pa.Table:
     files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise DataError(f"{path} holds no rollouts. Give a directory of part-*.parquet or one Parquet file")
-    tables = []
-    for file in files:
-        if file.suffix in JSONL:
-            raise ConfigError(
-                f"{file} is JSONL, and rollouts are read as Parquet here: `cropi artifacts import rollouts {file}` "
-                "checks and converts it"
-            )
-        table = read_parquet(file)
-        check_field_names(table.schema, str(file))
-        missing = [name for name in ROLLOUTS.names if name not in table.column_names]
-        if missing:
-            raise DataError(
-                f"{file} lacks the rollout columns {', '.join(missing)}; it has {table.column_names}"
-            )
-        with foreign_errors(f"{file} does not have the column types of rollouts"):
-            tables.append(table.select(ROLLOUTS.names).cast(ROLLOUTS.with_metadata(table.schema.metadata)))
-    combined = pa.concat_tables(tables)
+    combined = join_rollouts([read_part(file) for file in files])
     check_rollouts(combined, path)
     return combined
+
+
+def read_part(file: Path) -> pa.Table:
+    """Read one file of rollouts, without checking its rows.
+
+    Raises:
+        ConfigError: It is JSONL.
+        DataError: A column is missing or has another type.
+    """
+    if file.suffix in JSONL:
+        raise ConfigError(
+            f"{file} is JSONL, and rollouts are read as Parquet here: `cropi artifacts import rollouts {file}` "
+            "checks and converts it"
+        )
+    table = read_parquet(file)
+    check_field_names(table.schema, str(file))
+    missing = [name for name in ROLLOUTS.names if name not in table.column_names]
+    if missing:
+        raise DataError(f"{file} lacks the rollout columns {', '.join(missing)}; it has {table.column_names}")
+    schema = rollouts_schema(table.column_names)
+    with foreign_errors(f"{file} does not have the column types of rollouts"):
+        return table.select(schema.names).cast(schema.with_metadata(table.schema.metadata))
+
+
+def join_rollouts(tables: Sequence[pa.Table]) -> pa.Table:
+    """Concatenate rollouts; an optional column that some lack is null there."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -124,6 +136,7 @@ def summarise_rollouts(table: pa.Table, sources: dict[str, str]) -> dict[str, An
         by_source.setdefault(sources.get(name, "unknown"), []).append(mean)
     lengths = list_lengths(table["completion_ids"])
     metadata = table.schema.metadata or {}
+    terms = mean_terms(table["reward_terms"].to_pylist()) if "reward_terms" in table.column_names else {}
     return {
         "prompts": len(groups),
         "completions": table.num_rows,
@@ -131,6 +144,7 @@ def summarise_rollouts(table: pa.Table, sources: dict[str, str]) -> dict[str, An
         "mean_tokens": float(lengths.mean()),
         "length_histogram": _binned(lengths),
         "mean_reward": float(np.nanmean(rewards)) if means else None,
+        **({"mean_reward_terms": terms} if terms else {}),
         "not_gradable": int(np.isnan(rewards).sum()),
         "truncated": table["finish_reason"].to_pylist().count("length"),
         "no_variance": dead,
@@ -138,6 +152,17 @@ def summarise_rollouts(table: pa.Table, sources: dict[str, str]) -> dict[str, An
         "pass_rate_by_source": {s: float(np.mean(v)) for s, v in sorted(by_source.items())},
         "sampling": json.loads(metadata[b"cropi.sampling"]) if b"cropi.sampling" in metadata else None,
     }
+
+
+def mean_terms(terms: Sequence[list[dict[str, Any]] | None]) -> dict[str, float | None]:
+    """Average each term of weighted sums over the completions for which it has a value; None if there is none."""
+    values: dict[str, list[float]] = {}
+    for row in terms:
+        for term in row or []:
+            known = values.setdefault(term["verifier"], [])
+            if term["reward"] is not None:
+                known.append(term["reward"])
+    return {name: float(np.mean(known)) if known else None for name, known in sorted(values.items())}
 
 
 def _binned(lengths: np.ndarray) -> dict[str, list[int]]:

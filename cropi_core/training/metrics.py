@@ -32,6 +32,9 @@ COLUMNS = {
 null on a step that reuses them (iterations > 1); ``kl`` is null without a reference; ``grad_norm`` is taken
 before clipping."""
 
+TERM = "reward_term_"
+"""Beginning of the name of a column that only sums of verifiers have: the mean reward that one of them gave."""
+
 METRICS = pa.schema(
     [pa.field("step", pa.int32(), False), *[pa.field(name, pa.float64()) for name in COLUMNS]]
 )
@@ -64,14 +67,17 @@ def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
         history: Entries of ``TrainerState.log_history``; those without a loss (the closing one) are dropped.
 
     Returns:
-        Rows in the order of steps.
+        Rows in the order of steps. With weighted sums of verifiers it also has a column for each term (:data:`TERM`).
     """
+    entries = [entry for entry in history if "loss" in entry]
+    terms = sorted({name for entry in entries for name in entry if name.startswith(TERM)})
+    columns = {**COLUMNS, **{name: name for name in terms}}
     rows = [
-        {"step": entry["step"], **{column: entry.get(key) for column, key in COLUMNS.items()}}
-        for entry in history
-        if "loss" in entry
+        {"step": entry["step"], **{column: entry.get(key) for column, key in columns.items()}}
+        for entry in entries
     ]
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["step"]), schema=METRICS)
+    schema = pa.schema([*METRICS, *(pa.field(name, pa.float64()) for name in terms)])
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["step"]), schema=schema)
 
 
 def used_up(history: list[dict[str, Any]], training: Training) -> str | None:
@@ -99,10 +105,11 @@ def used_up(history: list[dict[str, Any]], training: Training) -> str | None:
     )
 
 
-def reward_summary(table: pa.Table) -> dict[str, float | int | None]:
+def reward_summary(table: pa.Table) -> dict[str, Any]:
     """Average the reward over the first and the last quarter of the stage; count the completions not gradable.
 
-    A quarter has at least one step; a mean is None if none of its steps has a graded completion.
+    ``reward_terms`` has the same two means of each term of weighted sums, if there are any. A quarter has at least one
+    step; a mean is None if none of its steps has a graded completion.
     """
     rewards = table["reward"].to_pylist()
     quarter = max(1, len(rewards) // 4)
@@ -111,9 +118,16 @@ def reward_summary(table: pa.Table) -> dict[str, float | int | None]:
         graded = [value for value in values if value is not None]
         return sum(graded) / len(graded) if graded else None
 
+    terms = {
+        name.removeprefix(TERM): [mean(values[:quarter]), mean(values[-quarter:])]
+        for name in table.column_names
+        if name.startswith(TERM)
+        for values in (table[name].to_pylist(),)
+    }
     return {
         "first_quarter_reward": mean(rewards[:quarter]),
         "last_quarter_reward": mean(rewards[-quarter:]),
+        **({"reward_terms": terms} if terms else {}),
         "not_gradable": int(sum(v or 0 for v in table["not_gradable"].to_pylist())),
     }
 

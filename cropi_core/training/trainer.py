@@ -19,10 +19,10 @@ from cropi_core.errors import ConfigError
 from cropi_core.policy import checkpoint_files, is_out_of_memory, render, restore_state
 from cropi_core.progress import Progress, Report
 from cropi_core.random_bits import key64
-from cropi_core.rewards import Item, Verifier
+from cropi_core.rewards import Grade, Item, Verifier
 from cropi_core.rollouts import Completion, sample_completions
 from cropi_core.training.draws import STATE, Draws, Group, group_of
-from cropi_core.training.metrics import TrainingError, check_finite, used_up
+from cropi_core.training.metrics import TERM, TrainingError, check_finite, used_up
 from cropi_core.training.ranks import ALONE, Processes
 from data_schemas import Training
 
@@ -212,7 +212,12 @@ class Stage:
             log_metric: Function of TRL that takes a name and a number.
             _: Further arguments of TRL, unused.
         """
-        rewards = self._rewards([self.rows[name] for name in prompt_id], completions)
+        grades = self._grades([self.rows[name] for name in prompt_id], completions)
+        rewards = [grade.reward for grade in grades]
+        for name in sorted({name for grade in grades for name in grade.terms}):
+            values = [value for grade in grades if (value := grade.terms.get(name)) is not None]
+            if values:
+                log_metric(TERM + name, sum(values) / len(values))
         log_metric("not_gradable", float(sum(r is None for r in rewards)))
         samples = self.training.sampling.samples
         groups = [
@@ -224,18 +229,18 @@ class Stage:
         self.draws.observe(self.number, sampled)
         return rewards
 
-    def _rewards(self, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float | None]:
+    def _grades(self, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[Grade]:
         items = [
             Item(row["verifier"], text, row["answer"], row["messages"])
             for row, text in zip(rows, texts, strict=True)
         ]
-        return [grade.reward for grade in self.verifier.grade_many(items)]
+        return self.verifier.grade_many(items)
 
     def _graded(
         self, row: dict[str, Any], texts: Sequence[str], ids: Sequence[list[int]], *, trained: bool
     ) -> Group:
         """Grade one group."""
-        rewards = self._rewards([row] * len(texts), texts)
+        rewards = [grade.reward for grade in self._grades([row] * len(texts), texts)]
         return group_of(row["prompt_id"], rewards, sum(map(len, ids)), trained=trained)
 
 

@@ -140,7 +140,17 @@ def _rollouts(shown: Sequence[Shown]) -> list[str]:
         figures = (s["mean_reward"], s["mean_tokens"], share, s["not_gradable"], s["no_variance"])
         table.append(one.row(s["prompts"], s["completions"], *figures))
     columns = "prompts | completions | mean reward | tokens each | truncated | not gradable | no variance"
-    return [*parts, _table(columns, table), *_parity(shown)]
+    return [*parts, _table(columns, table), *_reward_terms(shown), *_parity(shown)]
+
+
+def _reward_terms(shown: Sequence[Shown]) -> list[str]:
+    """Show the mean of each term of rewards that are weighted sums; return nothing if there are none."""
+    rows = [
+        one.row(escaped(name), mean)
+        for one in shown
+        for name, mean in one.summary.get("mean_reward_terms", {}).items()
+    ]
+    return ["**Terms of the reward, before their weights**", _table("verifier | mean", rows)] if rows else []
 
 
 def _parity(shown: Sequence[Shown]) -> list[str]:

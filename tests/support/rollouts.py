@@ -23,6 +23,7 @@ def run(
     passes=None,
     report=silent,
     by_source=None,
+    grading=None,
 ):
     return sample_rollouts(
         policy=Checkpoint(policy or base_checkpoint(), digest="d"),
@@ -35,7 +36,7 @@ def run(
             passes=passes,
             by_source=by_source or {},
         ),
-        grading=Grading(),
+        grading=grading or Grading(),
         runtime=Runtime(device="cpu", threads=1, generation_rows=rows),
         report=report,
     )

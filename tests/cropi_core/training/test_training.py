@@ -30,6 +30,7 @@ from cropi_core.training.draws import stage_order
 from cropi_core.training.metrics import METRICS, TrainingError, metrics_table, reward_summary
 from cropi_core.training.stage import last_whole, selected_rows
 from data_schemas.gradients import Objective
+from data_schemas.grading import Grading
 from data_schemas.rollouts import Sampling
 from data_schemas.runtime import Runtime
 from data_schemas.tables import PROMPTS
@@ -246,6 +247,20 @@ def test_completions_that_cannot_be_graded_teach_nothing_and_are_counted(workspa
         load_file(d / "model.safetensors") for d in (workspace / "policy", target / "checkpoint")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_sum_of_rewards_is_trained_on_and_its_terms_are_kept(workspace: Path):
+    few = SMALL.model_copy(update={"steps": 2})
+    plain, first = run(workspace, training=few)
+    assert "reward_terms" not in plain
+    write_tables(workspace, verifier="both")
+    grading = Grading(sums={"both": {"exact": 0.5, "numeric": 0.0}})
+    summary, target = run(workspace, "both", training=few, grading=grading)
+    rows, exact = rows_of(target), rows_of(first)
+    assert rows[0]["reward_term_exact"] == pytest.approx(exact[0]["reward"])
+    assert [row["reward"] for row in rows] == pytest.approx([0.5 * row["reward_term_exact"] for row in rows])
+    assert summary["reward_terms"]["exact"][1] == rows[1]["reward_term_exact"]
+    assert set(summary["reward_terms"]) == {"exact", "numeric"}
 
 
 @pytest.mark.parametrize("name", ["policy", "other"])
