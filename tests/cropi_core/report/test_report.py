@@ -22,7 +22,7 @@ from markupsafe import escape
 from typer.testing import CliRunner
 
 from cropi_core.analysis import read_chosen
-from cropi_core.artifacts.layout import PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
+from cropi_core.artifacts.layout import METRICS_FILE, PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
 from cropi_core.artifacts.store import Store
 from cropi_core.cli.app import app
 from cropi_core.config.loading import load_config
@@ -110,7 +110,12 @@ def assert_harmless(page: str) -> None:
 
 
 def edited(
-    store: Store, finished: RunRecord, slot: str, file: str, change: Callable[[list[dict[str, Any]]], None]
+    store: Store,
+    finished: RunRecord,
+    slot: str,
+    file: str,
+    change: Callable[[list[dict[str, Any]]], None],
+    **more: Any,
 ) -> Any:
     """Import a changed copy of one table of the run; return its slot record."""
     old = finished.slots[slot]
@@ -127,7 +132,7 @@ def edited(
             pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), target)
 
     kind: Kind = old.ref.kind
-    summary = store.manifest(old.ref).summary
+    summary = store.manifest(old.ref).summary | more
     return old.model_copy(update={"ref": publish_import(store, kind, {}, summary, fill), "origin": "pinned"})
 
 
@@ -321,6 +326,8 @@ def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, t
     slots["prompts/pool"] = edited(store, finished, "prompts/pool", PROMPTS_FILE, prompts)
     slots["rollouts/pool@1"] = edited(store, finished, "rollouts/pool@1", ROLLOUTS, completions)
     slots["selection@2"] = edited(store, finished, "selection@2", SELECTION_FILE, reasons)
+    terms = {"reward_terms": {"brief": [0.125, 0.25], "exact": [None, 1.0]}}
+    slots["policy@1"] = edited(store, finished, "policy@1", METRICS_FILE, lambda rows: None, **terms)
     run = record_of(store, finished, "hostile", slots=slots, notes=[nasty], error=nasty, status="failed")
     page = write_report(store, run, tmp_path / "hostile.html").read_text(encoding="utf-8")
     assert_harmless(page)
@@ -331,6 +338,8 @@ def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, t
     assert "␀␛[31m↵\n⟨U+202E⟩end" in words
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", page)
     assert "Cut: the first 1,200 of" in words
+    assert "The reward is a weighted sum" in words
+    assert re.search(r"stage 1\s*brief\s*0\.125\s*0\.250", words)
     assert "not gradable" in page
     assert len(page) < 3_000_000
 
