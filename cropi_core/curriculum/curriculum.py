@@ -143,8 +143,7 @@ class Curriculum:
             return None
         return (
             f"stage {stage} selected {chosen} prompts of {summary['pool']}, fewer than "
-            f"training.prompts_per_step={config.training.prompts_per_step}: enlarge the pool, raise "
-            f"selection.ratio={summary['ratio']}, or lower training.prompts_per_step"
+            f"training.prompts_per_step={config.training.prompts_per_step}: {_remedy(config, stage, summary['ratio'])}"
         )
 
     def _train(
@@ -201,6 +200,17 @@ class Curriculum:
         )
         ref = self.run.step("evaluation", f"evaluation@{stage}", settings, inputs, self.sampler.graders)
         self.run.note_warnings(f"evaluation@{stage}", ref)
+
+
+def _remedy(config: Config, stage: int, ratio: float) -> str:
+    """State what enlarges a selection that is smaller than a batch."""
+    waking = config.rollouts.waking
+    if stage > 1 and config.rollouts.refresh == "waking" and not waking.keep_stored:
+        return (
+            "it chose among the prompts that it sampled again, as rollouts.waking.keep_stored=false asks. Raise "
+            f"rollouts.waking.tokens={waking.tokens}, keep stored completions, or lower training.prompts_per_step"
+        )
+    return f"enlarge the pool, raise selection.ratio={ratio}, or lower training.prompts_per_step"
 
 
 def run_curriculum(

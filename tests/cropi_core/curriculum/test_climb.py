@@ -10,6 +10,7 @@ from cropi_core.artifacts import Store
 from cropi_core.cli import app
 from cropi_core.config import load_config
 from cropi_core.curriculum import run_locally, slot_names
+from cropi_core.errors import SelectionError
 from cropi_core.planning.rehearsal import rehearse
 from cropi_core.report.page import render
 from cropi_core.runs import Artifacts
@@ -118,6 +119,13 @@ def test_the_plan_lists_the_steps(climbed, tmp_path):
         "gradients/halves@1",
         "gradients/halves@2",
     }
+
+
+def test_a_stage_that_chooses_among_too_few_fresh_prompts_says_what_to_change(climbed):
+    _, root, _ = climbed
+    config = load_config("demo", [*SETTINGS, "rollouts.waking={tokens: 200, keep_stored: false}"])
+    with pytest.raises(SelectionError, match=r"Raise rollouts.waking.tokens=200"):
+        run_locally(config, root)
 
 
 @pytest.mark.extended
