@@ -23,14 +23,19 @@ from cropi_core.artifacts.store import Store
 from cropi_core.curriculum.curriculum import run_curriculum
 from cropi_core.curriculum.execution import StepResult, run_step
 from cropi_core.errors import StepError
+from cropi_core.gradients import attention
+from cropi_core.gradients.batches import project_groups
 from cropi_core.gradients.engine import FeatureEngine
+from cropi_core.gradients.groups import OK, Group
+from cropi_core.gradients.job import Job
 from cropi_core.gradients.packing import make_pack
 from cropi_core.progress import Progress
 from data_schemas import StepSpec
 from data_schemas.gradients import Gradients, Projection
+from data_schemas.rollouts import Sampling
 from data_schemas.runtime import Runtime
 from tests.support import emulated_device as emulated
-from tests.support.features import extract
+from tests.support.features import extract, plain_kernel
 from tests.support.models import random_rollouts, save_tiny, tiny_model
 from tests.support.tiny import tiny
 
@@ -76,6 +81,68 @@ def float32_products(device: torch.device) -> dict[str, list[int]]:
             for tf32 in (False, True)
         ]
     return found
+
+
+class Kernel(torch.autograd.Function):
+    """The kernel for sequences of various lengths, computed on the CPU: neither pass launches or waits for anything."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Attend; ``tensors`` are queries, keys, values and the arguments of :func:`plain_kernel`."""
+        *inputs, bounds, keys, options = tensors
+        ctx.inputs = [x.data_on_cpu.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            ctx.out = plain_kernel(
+                *ctx.inputs, bounds.data_on_cpu, keys.data_on_cpu, *options[0], **options[1]
+            )
+        return emulated.EmulatedTensor(ctx.out.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of queries, keys and values."""
+        found = torch.autograd.grad(ctx.out, ctx.inputs, gradient.data_on_cpu)
+        return *map(emulated.EmulatedTensor, found), None, None, None
+
+
+def counts(
+    device: torch.device, layers: int = 2, prompts: int = 2, samples: int = 4, tokens: int = 12
+) -> dict[str, int]:
+    """Count the waits for the device, the copies to it and the launches of one pass over a pack with all its parts."""
+    model = tiny_model("llama", layers=layers)[0].to(device)
+    engine = FeatureEngine(model, Projection(k=64, density=0.3, min_side=8))
+    completions = [[5] * tokens for _ in range(samples)]
+    rewards = np.arange(samples) % 2.0
+    groups = [
+        Group(str(p), [4, 6, 7], completions, [[-1.0] * tokens] * samples, rewards, OK)
+        for p in range(prompts)
+    ]
+    sampling = Sampling(samples=samples, max_new_tokens=tokens)
+    job = Job(Checkpoint(Path()), FeatureSettings(), sampling, Runtime())
+    before = emulated.COUNTS.copy()
+    rows, _ = project_groups(engine, groups, job, 1 << 20)
+    rows.cpu()
+    engine.close()
+    found = emulated.COUNTS - before
+    return {
+        "waits": found["read"] + found["from device"],
+        "copies": found["to device"],
+        "launches": found["launch"],
+    }
+
+
+def budgets(device: torch.device) -> dict[str, dict[str, int]]:
+    """Count a pass, and one with more of each kind: completions, tokens, layers, prompts; without masks as on a GPU."""
+
+    def kernel(*tensors: Any, **options: Any) -> Any:
+        return Kernel.apply(*tensors[:5], (tensors[5:], options))
+
+    chosen, attention._kernel = attention._kernel, lambda *_: kernel
+    try:
+        more = {"base": {}, "samples": {"samples": 8}, "tokens": {"tokens": 24}}
+        more |= {"layers": {"layers": 4}, "prompts": {"prompts": 4}}
+        return {name: counts(device, **change) for name, change in more.items()}
+    finally:
+        attention._kernel = chosen
 
 
 def mixed(device: torch.device) -> str:
@@ -156,7 +223,7 @@ def main(folder: Path) -> None:
     device = emulated.install()
     try:
         found = {"equality": equality(device), "mixed": mixed(device), "store": store(folder)}
-        found["products"] = float32_products(device)
+        found |= {"products": float32_products(device), "budgets": budgets(device)}
         found |= {"left": left(folder), "in_parent": in_parent(folder)}
         found["workspace"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         print(json.dumps(found), flush=True)

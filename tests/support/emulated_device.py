@@ -22,9 +22,19 @@ from transformers import PreTrainedModel
 
 NAME = "emulated"
 COUNTS: collections.Counter = collections.Counter()
-"""``("op", name)``, ``("product", dtype, TF32)``, ``"to device"``, ``"from device"``, ``"read"`` (a number)."""
+"""``("op", name)``, ``("product", dtype, TF32)``, ``"launch"`` (an operation that is not a view), ``"to device"``,
+``"from device"``, ``"read"`` (a number, or the size of a result)."""
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """Matrix products, and the place of their first factor."""
+SIZED_BY_DATA = (
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "nonzero",
+    "masked_select",
+    "repeat_interleave",
+)
+"""Operations whose result has a size that the host must read."""
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 """Operations that accept indices on the CPU."""
 _storages: "weakref.WeakValueDictionary[int, EmulatedTensor]" = weakref.WeakValueDictionary()
@@ -170,6 +180,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check(base, args, tensors)
     short = base.removeprefix("aten::")
     COUNTS["op", short] += 1
+    COUNTS["launch"] += not _is_view(func)
+    COUNTS["read"] += short in SIZED_BY_DATA
     if short in PRODUCTS:
         COUNTS["product", args[PRODUCTS[short]].dtype, torch.backends.cuda.matmul.allow_tf32] += 1
     known = {id(x.data_on_cpu): x for x in tensors if isinstance(x, EmulatedTensor)}
@@ -183,6 +195,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         )  # an operation in place returns its operand
 
     return tree_map(wrapped, made)
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation returns its operand's data without a change, for which a GPU launches nothing."""
+    returned = func._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
 def _apply(self: nn.Module, move: Any, recurse: bool = True) -> nn.Module:

@@ -28,8 +28,8 @@ OWN = {
 """Additional settings of each architecture; attention windows are shorter than the sequences."""
 
 
-def tiny_model(kind="llama", seed=0, tie=True):
-    """Build a model of two layers; the weights are large enough that no gradient vanishes."""
+def tiny_model(kind="llama", seed=0, tie=True, layers=2):
+    """Build a model of a few layers; the weights are large enough that no gradient vanishes."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     common = {
@@ -40,12 +40,12 @@ def tiny_model(kind="llama", seed=0, tie=True):
         "tie_word_embeddings": tie,
     }
     if kind == "gpt2":
-        shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        shape = {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 128}
     else:
         shape = {
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,

@@ -18,6 +18,7 @@ from cropi_core.gradients.attention import (
     packed_attention,
 )
 from cropi_core.gradients.packing import make_pack
+from tests.support.features import plain_kernel
 
 CPU = torch.device("cpu")
 LENGTHS = [(5, [4, 1, 9]), (1, [3]), (7, [2, 12])]
@@ -26,23 +27,6 @@ LENGTHS = [(5, [4, 1, 9]), (1, [3]), (7, [2, 12])]
 def packed(lengths):
     """Pack prompts and completions of given lengths."""
     return make_pack([[0] * n for n, _ in lengths], [[[0] * n for n in group] for _, group in lengths], CPU)
-
-
-def plain_kernel(q, k, v, query_bounds, key_bounds, most_q, most_k, *, scale, window_size, enable_gqa):
-    """Compute what ``varlen_attn`` promises: each sequence causal, its last query aligned with its last key."""
-    repeat, parts = q.shape[1] // k.shape[1], []
-    assert window_size[1] == 0
-    assert enable_gqa == (repeat > 1)
-    assert (most_q, most_k) == (int(query_bounds.diff().max()), int(key_bounds.diff().max()))
-    for i in range(len(query_bounds) - 1):
-        queries = q[query_bounds[i] : query_bounds[i + 1]]
-        keys, values = (x[key_bounds[i] : key_bounds[i + 1]].repeat_interleave(repeat, dim=1) for x in (k, v))
-        back = torch.arange(len(keys) - len(queries), len(keys))[:, None] - torch.arange(len(keys))
-        hidden = (back < 0) | ((back > window_size[0]) if window_size[0] >= 0 else False)
-        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, values))
-    return torch.cat(parts)
 
 
 def computed(way, pack, products):

@@ -50,6 +50,24 @@ def test_the_process_that_starts_workers_holds_no_memory_of_the_device(found):
     assert found["in_parent"] == 0
 
 
+def test_a_pass_waits_for_the_device_once_and_three_times_a_prompt(found):
+    """A prompt's log-probabilities, entropy and the number of its different tokens; none a token, sequence or layer."""
+    budgets = found["budgets"]
+    for more in ("samples", "tokens", "layers"):
+        assert budgets[more]["waits"] == budgets["base"]["waits"] == 1 + 3 * 2
+        assert budgets[more]["copies"] == budgets["base"]["copies"] <= 8 + 2 * 2
+    assert budgets["prompts"]["waits"] == 1 + 3 * 4
+    assert budgets["prompts"]["copies"] <= 8 + 2 * 4
+
+
+def test_a_pass_launches_no_operation_for_a_token_or_a_completion(found):
+    """With a kernel that needs no mask, as on a GPU; two layers and two prompts are counted."""
+    budgets = {name: counts["launches"] for name, counts in found["budgets"].items()}
+    assert budgets["samples"] == budgets["tokens"] == budgets["base"] <= 520
+    assert (budgets["layers"] - budgets["base"]) / 2 <= 205
+    assert (budgets["prompts"] - budgets["base"]) / 2 <= 55
+
+
 def test_the_workspace_of_cublas_is_set_before_it_is_used(found):
     assert found["workspace"] == ":4096:8"
 
