@@ -12,7 +12,15 @@ from tests.campaigns.ledger import Ledger
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 SECONDS = 50
-CAMPAIGNS = {"damage": 60, "power": 12, "malformed": 2000, "kills": 9, "faults": 10, "verifiers": 34}
+CAMPAIGNS = {
+    "damage": 60,
+    "power": 12,
+    "malformed": 2000,
+    "kills": 9,
+    "faults": 10,
+    "verifiers": 34,
+    "servers": 15,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@
 sent, so that no default of the server or of the checkpoint has an effect.
 """
 
+import asyncio
 import json
 import math
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ BYTES_PER_TOKEN = 2048
 """Bound of an answer per token: its text three times, its id and its log-probability."""
 LARGEST_LOGPROB = 1e-4
 """A log-probability above this is an error; rounding makes some slightly positive."""
+ABOUT_THE_PROMPT = (400, 413, 422)
+"""Refusals that another server would repeat; others are about the server: it wants a key or has no such model."""
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 UNFINISHED = ("abort", "error")
 """Finish reasons of a server that is shutting down."""
@@ -31,6 +34,10 @@ MOST_QUOTED = 400
 
 class TransientError(Exception):
     """A request failed, and another attempt or another server may succeed."""
+
+
+class UnusableServerError(ServerError):
+    """A server answers outside the protocol or does not know the model: other servers can do its work."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ async def ask(
 
     Raises:
         TransientError: There is no answer, or its status allows another attempt.
-        ServerError: The request was refused, or the answer violates the protocol.
+        UnusableServerError: The answer violates the protocol, or the server does not serve the model.
+        ServerError: The request was refused.
     """
     samples, longest = sampling.samples, sampling.max_new_tokens
     bound = SLACK_BYTES + samples * (longest * BYTES_PER_TOKEN + 16 * len(job.prompt))
@@ -113,13 +121,13 @@ async def ask(
     if status in RETRIED:
         raise TransientError(f"HTTP {status}: {error_text(raw)}")
     if status != 200:
-        raise ServerError(
+        raise (ServerError if status in ABOUT_THE_PROMPT else UnusableServerError)(
             f"{client.base_url} refused prompt {job.prompt_id} ({len(job.prompt)} tokens, "
             f"{samples} completions of at most {longest}): HTTP {status}: {error_text(raw)}"
         )
     with foreign_errors(
         f"the answer of {client.base_url} to prompt {job.prompt_id} cannot be used",
-        ServerError,
+        UnusableServerError,
         "It must be a vLLM server with --logprobs-mode processed_logprobs (docs/guides/vllm.md)",
     ):
         return completions_of(raw, job, sampling, vocabulary)
@@ -130,21 +138,25 @@ async def send(
 ) -> tuple[int, bytes]:
     """Send a request (GET without a body) and read its answer up to ``bound`` bytes.
 
+    The client's time limit of a read holds for the whole answer: a server that sends a byte now and then hangs as well.
+
     Raises:
-        TransientError: There is no answer.
-        ServerError: The answer is longer.
+        TransientError: There is no whole answer in time.
+        UnusableServerError: The answer is longer.
     """
     method = "GET" if body is None else "POST"
-    raw = bytearray()
+    raw, limit = bytearray(), client.timeout.read
     try:
-        async with client.stream(method, path, json=body) as answer:
+        async with asyncio.timeout(limit), client.stream(method, path, json=body) as answer:
             async for piece in answer.aiter_bytes():
                 raw += piece
                 if len(raw) > bound:
-                    raise ServerError(
+                    raise UnusableServerError(
                         f"{client.base_url} answers {path} with more than {bound} bytes; it is not a vLLM server"
                     )
             return answer.status_code, bytes(raw)
+    except TimeoutError as error:
+        raise TransientError(f"no whole answer within {limit:g} s") from error
     except httpx.HTTPError as error:
         raise TransientError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
 

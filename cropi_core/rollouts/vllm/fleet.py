@@ -8,6 +8,7 @@ job do not depend on the server or the time, because the seed belongs to the job
 """
 
 import asyncio
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,18 @@ import httpx
 
 from cropi_core.errors import ServerError
 from cropi_core.rollouts.sampling import Completion
-from cropi_core.rollouts.vllm.client import Job, TransientError, Vocabulary, ask, send
+from cropi_core.rollouts.vllm.client import (
+    Job,
+    TransientError,
+    UnusableServerError,
+    Vocabulary,
+    ask,
+    send,
+)
 from cropi_core.system import running_loop
 from data_schemas import Sampling, Vllm
+
+log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 FIRST_PAUSE_S = 0.25
@@ -108,7 +118,7 @@ class Fleet:
         """Yield every job with its completions, in the order in which they finish.
 
         Raises:
-            ServerError: A request was refused, its answer cannot be used, or it failed too often; or no server is left.
+            ServerError: A request was refused or failed too often, or no server is left.
         """
         future = asyncio.run_coroutine_threadsafe(self._serve(jobs), self.loop)
         future.add_done_callback(lambda _: self.results.put(None))
@@ -190,6 +200,12 @@ class Fleet:
             began = time.monotonic()
             try:
                 completions = await ask(client, server.model, job, self.sampling, self.vocabulary)
+            except UnusableServerError as error:
+                waiting.put_nowait((place, job))
+                if server.down is None:
+                    server.down = str(error)
+                    log.warning("%s is no longer used; the others continue: %s", server.url, error)
+                return
             except TransientError as error:
                 server.usable.clear()
                 self._count(job, server, error)
@@ -219,6 +235,8 @@ class Fleet:
             # Another request of this server may have checked its health in the meantime.
             if server.down is None and server.healthy_at <= began:
                 server.down = await self._health_fault(server, client, error)
+                if server.down is not None:
+                    log.warning("%s is no longer used; the others continue: %s", server.url, server.down)
             server.usable.set()
 
     async def _health_fault(

@@ -29,6 +29,7 @@ from cropi_core.rollouts.vllm.server import command_line, environment_of
 from cropi_core.system import guard
 from data_schemas.rollouts import Sampling
 from data_schemas.vllm import Vllm
+from tests.campaigns.servers import Peer as HostilePeer
 from tests.support.models import tiny_model
 from tests.support.servers import gone, left_of
 from tests.support.tiny import tiny
@@ -192,6 +193,26 @@ def test_an_endless_answer_is_not_read_to_its_end():
         pytest.raises(ServerError, match=r"more than \d+ bytes; it is not a vLLM server"),
     ):
         ask_all(JOBS[:1], peer)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b"<html>"), (404, b'{"error": {"message": "no such model"}}'), (200, answer(GOOD[0]))],
+)
+def test_a_server_with_unusable_answers_is_removed_and_the_others_continue(status, body, caplog):
+    with Peer(status, body) as other, Peer(200, answer(*GOOD)) as well:
+        assert ask_all(JOBS, other, well).keys() == set(range(12))
+        assert other.asked <= 3
+        assert f"{other.url} is no longer used" in caplog.text
+        with pytest.raises(ServerError, match=r"no server is left, 12 of 12 "):
+            ask_all(JOBS, other)
+
+
+def test_an_answer_that_drips_is_given_up():
+    peer = HostilePeer("drips", 0, "")
+    with pytest.raises(ServerError, match=r"failed 2 times .*no whole answer within 0\.5 s"):
+        ask_all(JOBS[:1], peer, request_timeout_s=0.5, retries=1)
+    peer.stop()
 
 
 def test_deeply_nested_json_is_refused():
