@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,18 @@ class Kernel(torch.autograd.Function):
     """The kernel for sequences of various lengths, computed on the CPU: neither pass launches or waits for anything."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Attend; ``tensors`` are queries, keys, values and the arguments of :func:`plain_kernel`."""
-        *inputs, bounds, keys, options = tensors
-        ctx.inputs = [x.data_on_cpu.detach().requires_grad_() for x in inputs]
+    def forward(ctx: Any, q: Any, k: Any, v: Any, bounds: Any, options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Attend; ``bounds`` are those of queries and keys, ``options`` the other arguments of the kernel."""
+        ctx.inputs = [x.data_on_cpu.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            ctx.out = plain_kernel(
-                *ctx.inputs, bounds.data_on_cpu, keys.data_on_cpu, *options[0], **options[1]
-            )
+            ctx.out = partial(plain_kernel, *ctx.inputs, *(b.data_on_cpu for b in bounds))(**options)
         return emulated.EmulatedTensor(ctx.out.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of queries, keys and values."""
         found = torch.autograd.grad(ctx.out, ctx.inputs, gradient.data_on_cpu)
-        return *map(emulated.EmulatedTensor, found), None, None, None
+        return *map(emulated.EmulatedTensor, found), None, None
 
 
 def counts(
@@ -133,8 +131,9 @@ def counts(
 def budgets(device: torch.device) -> dict[str, dict[str, int]]:
     """Count a pass, and one with more of each kind: completions, tokens, layers, prompts; without masks as on a GPU."""
 
-    def kernel(*tensors: Any, **options: Any) -> Any:
-        return Kernel.apply(*tensors[:5], (tensors[5:], options))
+    def kernel(q: Any, k: Any, v: Any, *bounds: Any, **options: Any) -> Any:
+        options |= {"most_q": bounds[2], "most_k": bounds[3]}
+        return Kernel.apply(q, k, v, bounds[:2], options)
 
     chosen, attention._kernel = attention._kernel, lambda *_: kernel
     try:
