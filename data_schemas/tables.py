@@ -35,9 +35,12 @@ ROLLOUTS = pa.schema(
 
 TERM = pa.struct([pa.field("verifier", pa.string(), False), pa.field("reward", pa.float32())])
 
-ROLLOUTS_OPTIONAL = pa.schema([pa.field("reward_terms", pa.list_(TERM))])
+ROLLOUTS_OPTIONAL = pa.schema(
+    [pa.field("reward_terms", pa.list_(TERM)), pa.field("completion_mask", pa.list_(pa.bool_()))]
+)
 """Columns that rollouts may have. ``reward_terms``: of a reward that is a weighted sum, what each verifier gave, before
-its weight; null if the term is not gradable.
+its weight; null if the term is not gradable. ``completion_mask``: of a conversation, true for the tokens of
+``completion_ids`` that the policy sampled; null if these are all.
 """
 
 

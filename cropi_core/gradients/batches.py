@@ -1,7 +1,7 @@
 """Features of groups: batches within a token budget that adapts to memory, token weights, one pass per batch."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,23 +184,36 @@ def _pieces(group: Group, budget: int) -> list[slice]:
 def _weigh_group(
     group: Group, logprobs: Tensor, entropy: Tensor, job: Job
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compute one group's token weights and statistics from its log-probabilities, all (tokens,), in float64."""
+    """Compute one group's token weights and statistics from its log-probabilities, all (tokens,), in float64.
+
+    Tokens of a conversation that the policy did not sample have the weight 0 and are in no statistic: nothing is known
+    of their distribution. They condition the tokens after them, as the prompt does.
+    """
     lengths = [len(c) for c in group.completions]
     behavior = torch.from_numpy(np.concatenate([np.asarray(b, dtype=np.float64) for b in group.behavior]))
 
     def padded(x: Tensor) -> Tensor:
         return pad_sequence(list(x.cpu().double().split(lengths)), batch_first=True)
 
-    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    real = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    mask = real if group.masks is None else real & _sampled(group.masks, lengths)
     rewards = torch.from_numpy(group.rewards)
     weighed = token_weights(
         padded(logprobs), padded(behavior), mask, rewards, job.settings.objective, job.max_new_tokens
     )
-    return weighed.weights[mask].to(logprobs.device), {
+    return weighed.weights[real].to(logprobs.device), {
         "ess": weighed.ess,
         "max_ratio": weighed.max_ratio,
         "clip_fraction": weighed.clip_fraction,
         "kl": weighed.kl,
         "kl_k1": weighed.kl_k1,
-        "entropy": float(entropy.mean()),
+        "entropy": float((entropy if group.masks is None else entropy[mask[real].to(entropy.device)]).mean()),
     }
+
+
+def _sampled(masks: Sequence[list[bool] | None], lengths: list[int]) -> Tensor:
+    """Return (G, T) bool, true for the tokens that the policy sampled; a completion without a mask has no others."""
+    rows = [
+        torch.tensor([True] * n if mask is None else mask) for mask, n in zip(masks, lengths, strict=True)
+    ]
+    return pad_sequence(rows, batch_first=True)

@@ -24,6 +24,7 @@ class Group:
         behavior: Behaviour log-probabilities of the completions.
         rewards: (G,) float64.
         status: Index in :data:`data_schemas.tables.STATUSES`.
+        masks: Of each completion, which of its tokens the policy sampled; None if these are all.
     """
 
     prompt_id: str
@@ -32,6 +33,7 @@ class Group:
     behavior: list[list[float]]
     rewards: np.ndarray
     status: int
+    masks: list[list[bool] | None] | None = None
 
     @property
     def packed(self) -> int:
@@ -57,6 +59,7 @@ def group_rollouts(table: pa.Table, min_gradable: int) -> list[Group]:
         name: table[name].to_pylist() for name in ("prompt_id", "prompt_ids", "completion_ids", "reward")
     }
     columns["behavior"] = table["behavior_logprobs"].to_pylist()
+    masks = table["completion_mask"].to_pylist() if "completion_mask" in table.column_names else None
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(columns["prompt_id"]):
         rows.setdefault(name, []).append(i)
@@ -82,6 +85,7 @@ def group_rollouts(table: pa.Table, min_gradable: int) -> list[Group]:
                 [columns["behavior"][i] for i in graded],
                 rewards,
                 status,
+                [masks[i] for i in graded] if masks else None,
             )
         )
     return groups

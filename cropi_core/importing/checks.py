@@ -151,9 +151,12 @@ def check_rollouts(columns: Columns, what: str, max_new_tokens: int) -> pa.Table
     faults.add_rows("prompt_ids is empty", _rows(pc.equal(pc.list_value_length(table["prompt_ids"]), 0)))
     unequal = pc.not_equal(lengths, pc.list_value_length(table["behavior_logprobs"]))
     faults.add_rows("completion_ids and behavior_logprobs differ in length", _rows(unequal))
+    sampled = lengths.to_numpy(zero_copy_only=False)
+    if "completion_mask" in table.column_names:
+        sampled = _check_masks(table["completion_mask"].to_pylist(), sampled, faults)
     faults.add_rows(
         f"completion is longer than sampling.max_new_tokens={max_new_tokens}",
-        _rows(pc.greater(lengths, max_new_tokens)),
+        (np.flatnonzero(sampled > max_new_tokens) + 1).tolist(),
     )
     for name in ("prompt_ids", "completion_ids"):
         _check_items(table, name, "holds a negative token id", lambda v: v < 0, faults)
@@ -173,6 +176,16 @@ def check_rollouts(columns: Columns, what: str, max_new_tokens: int) -> pa.Table
     place = {name: i for i, name in enumerate(dict.fromkeys(ids))}
     order = sorted(range(len(ids)), key=lambda i: (place[ids[i]], samples[i]))
     return table.take(pa.array(order, pa.int64()))
+
+
+def _check_masks(masks: list[list[bool] | None], lengths: np.ndarray, faults: Faults) -> np.ndarray:
+    """Record masks that do not fit their completions; return the number of tokens that the policy sampled, (rows,)."""
+    rows = list(enumerate(zip(masks, lengths, strict=True), 1))
+    unequal = [i for i, (mask, length) in rows if mask is not None and len(mask) != length]
+    faults.add_rows("completion_ids and completion_mask differ in length", unequal)
+    empty = [i for i, (mask, _) in rows if mask is not None and not any(mask)]
+    faults.add_rows("completion_mask marks no token that the policy sampled", empty)
+    return np.array([length if mask is None else sum(mask) for _, (mask, length) in rows])
 
 
 def _check_items(table: pa.Table, name: str, fault: str, wrong: Any, faults: Faults) -> None:

@@ -92,6 +92,8 @@ def check_rollouts(table: pa.Table, path: Path) -> None:
             faults.append(
                 f"{subject} has no tokens (row {empty[0] + 1}{f', {len(empty)} in all' * (len(empty) > 1)})"
             )
+    if "completion_mask" in table.column_names:
+        faults += _mask_faults(table["completion_mask"], lengths)
     rewards = table["reward"].drop_null().to_numpy()
     if not np.isfinite(rewards).all():
         faults.append("a reward is NaN or infinite; if a completion is not gradable, its reward must be null")
@@ -100,6 +102,16 @@ def check_rollouts(table: pa.Table, path: Path) -> None:
         faults.append("a behaviour log-probability is not finite")
     if faults:
         raise DataError(f"{path} does not hold valid rollouts: " + "; ".join(faults))
+
+
+def _mask_faults(masks: pa.ChunkedArray, lengths: np.ndarray) -> list[str]:
+    """Return what is wrong with the masks of conversations."""
+    faults, rows = [], masks.to_pylist()
+    if wrong := [i for i, mask in enumerate(rows) if mask is not None and len(mask) != lengths[i]]:
+        faults.append(f"completion_mask and completion_ids differ in length (row {wrong[0] + 1})")
+    if wrong := [i for i, mask in enumerate(rows) if mask is not None and True not in mask]:
+        faults.append(f"completion_mask marks no token that the policy sampled (row {wrong[0] + 1})")
+    return faults
 
 
 def sampling_of(table: pa.Table) -> Sampling:

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cropi_core.world.tokenizer import build_tokenizer
 from data_schemas.rollouts import Sampling
-from data_schemas.tables import ROLLOUTS
+from data_schemas.tables import rollouts_schema
 
 OWN = {
     "qwen3": {"head_dim": 16},
@@ -68,7 +68,16 @@ def save_tiny(directory, kind="llama", seed=0, tie=True):
 
 
 def random_rollouts(
-    path, prompts=5, samples=4, seed=0, temperature=1.0, longest=12, vocabulary=40, dead=(), ungraded=()
+    path,
+    prompts=5,
+    samples=4,
+    seed=0,
+    temperature=1.0,
+    longest=12,
+    vocabulary=40,
+    dead=(),
+    ungraded=(),
+    masked=(),
 ):
     """Write rollouts of random tokens, lengths, log-probabilities and rewards."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,8 +104,12 @@ def random_rollouts(
             )
             if (p, s) in ungraded:
                 rows[-1]["reward"] = None
+            if (p, s) in masked:  # a conversation: the policy's first token, what it was told, and the rest
+                told = range(1, 1 + length // 2)
+                rows[-1]["completion_mask"] = [t not in told for t in range(length)]
     sampling = Sampling(samples=samples, temperature=temperature, max_new_tokens=longest)
     metadata = {b"cropi.sampling": json.dumps(sampling.model_dump()).encode(), b"cropi.policy": b"test"}
+    schema = rollouts_schema(["completion_mask"] if masked else [])
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUTS.with_metadata(metadata)), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata)), path)
     return path

@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -39,15 +40,17 @@ def reference(policy, rollouts, objective, temperature):
         rewards = np.array([r["reward"] for r in rows])
         if np.ptp(rewards) == 0:
             continue
-        lengths = [len(r["completion_ids"]) for r in rows]
+        masks = [torch.tensor(r.get("completion_mask") or [True] * len(r["completion_ids"])) for r in rows]
+        lengths = [int(mask.sum()) for mask in masks]
         centred = rewards - rewards.mean()
         advantage = centred / (rewards.std(ddof=1) + 1e-4) if objective.scale_rewards else centred
         total = torch.zeros((), dtype=torch.float64)
-        for row, a, length in zip(rows, advantage, lengths, strict=True):
+        for row, a, length, mask in zip(rows, advantage, lengths, masks, strict=True):
             ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
             logits = model(ids, use_cache=False).logits[0, len(row["prompt_ids"]) - 1 : -1] / temperature
             logp = logits.log_softmax(-1).gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
-            log_ratio = logp - torch.tensor(row["behavior_logprobs"], dtype=torch.float64)
+            logp = logp[mask]
+            log_ratio = logp - torch.tensor(row["behavior_logprobs"], dtype=torch.float64)[mask]
             ratio = log_ratio.exp()
             # The surrogate itself, differentiated through the ratio: ∇ρ = ρ ∇ log π.
             if objective.ratio == "none":
@@ -115,6 +118,39 @@ def test_every_objective_is_its_surrogate(tmp_path, loss_type, ratio):
     store = extract(tmp_path, policy, rollouts, objective=objective)
     for i, expected in enumerate(reference(policy, rollouts, objective, 1.0).values()):
         assert relative(store.rows(i, i + 1)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("objective", [("grpo", "token_clip"), ("dapo", "sequence"), ("dr_grpo", "token")])
+def test_only_the_tokens_that_the_policy_sampled_are_scored(tmp_path, objective):
+    """In a conversation, what the policy was told conditions its later tokens and has no gradient of its own."""
+    policy = save_tiny(tmp_path / "policy")
+    masked = [(p, s) for p in range(2) for s in range(3)]
+    rollouts = random_rollouts(tmp_path / "r.parquet", prompts=3, seed=3, masked=masked)
+    table = pq.read_table(rollouts)
+    assert any(mask and not all(mask) for mask in table["completion_mask"].to_pylist())
+    loss, ratio = objective
+    settings = Objective(loss_type=loss, ratio=ratio, scale_rewards=loss != "dr_grpo")
+    store = extract(tmp_path, policy, rollouts, objective=settings)
+    alone = extract(tmp_path, policy, rollouts, "alone", objective=settings, token_budget=1)
+    expected = reference(policy, rollouts, settings, 1.0)
+    for i, name in enumerate(store.column("prompt_id")):
+        assert relative(store.rows(i, i + 1)[0], expected[name]) < 1e-5
+        assert relative(alone.rows(i, i + 1)[0], store.rows(i, i + 1)[0]) < 2e-6
+    unread = [
+        [p if seen else -99.0 for p, seen in zip(row, mask or [True] * len(row), strict=True)]
+        for row, mask in zip(
+            *(table[n].to_pylist() for n in ("behavior_logprobs", "completion_mask")), strict=True
+        )
+    ]
+    place = table.schema.get_field_index("behavior_logprobs")
+    changed = table.set_column(
+        place, table.schema.field(place), pa.array(unread, table.schema.field(place).type)
+    )
+    pq.write_table(changed, tmp_path / "changed.parquet")
+    other = extract(tmp_path, policy, tmp_path / "changed.parquet", "changed", objective=settings)
+    assert (other.rows(0, 3) == store.rows(0, 3)).all()
+    for name in ("ess", "kl", "max_ratio", "entropy"):
+        assert (other.column(name) == store.column(name)).all()
 
 
 def test_temperature_is_that_of_the_rollouts(tmp_path):
