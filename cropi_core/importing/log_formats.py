@@ -43,11 +43,16 @@ Asked = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, and the log-probabilities of the completion's tokens, if the log has them."""
+    """Token ids, and the log-probabilities of the completion's tokens, if the log has them.
+
+    ``mask`` is true for the tokens of the completion that the policy sampled; None if these are all. The
+    log-probabilities of the others are 0.
+    """
 
     prompt: list[int]
     completion: list[int]
     logprobs: list[float | None]
+    mask: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Logged:
         tokens: Its tokens; None if the log has only text.
         place: Its location: the file and the row.
         reasoning: The model's reasoning before the text, if the log stores it separately.
+        turns: Messages of a completion of several turns; the first and the last are the policy's.
     """
 
     prompt: Asked
@@ -73,6 +79,7 @@ class Logged:
     tokens: Tokens | None = None
     place: str = ""
     reasoning: str = ""
+    turns: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,8 +245,9 @@ def _verl(row: Row) -> Iterator[Logged]:
 
 def _trl(row: Row, reward: str) -> Iterator[Logged]:
     step = _typed(row, "step", int)
-    text, reasoning = _answered(row.get("completion"))
-    yield Logged(_prompt(row.get("prompt")), text, _number(row, reward), step, reasoning=reasoning)
+    text, reasoning, turns = _completed(row.get("completion"))
+    prompt = _prompt(row.get("prompt"))
+    yield Logged(prompt, text, _number(row, reward), step, reasoning=reasoning, turns=turns)
 
 
 def _trl_reward(rows: list[Row], wanted: str | None) -> str:
@@ -265,18 +273,42 @@ def _prime_rl(row: Row) -> Iterator[Logged]:
     steps = row.get("trajectory") or []
     if not isinstance(steps, list):
         raise _RowError(f"trajectory is {type(steps).__name__}, not list")
-    if len(steps) > 1:
-        raise _RowError(f"has {len(steps)} turns; rollouts of one turn are read")
     truncated = _typed(row, "is_truncated", bool) if "is_truncated" in row else None
-    tokens = steps[0].get("tokens") if steps and isinstance(steps[0], dict) else None
-    sampled = None
-    if isinstance(tokens, dict):
-        names = ("prompt_ids", "completion_ids", "completion_logprobs")
-        sampled = _tokens(*[_typed(tokens, name, list) for name in names])
-    prompt, (text, reasoning) = _prompt(row.get("prompt")), _answered(row.get("completion"), bool(sampled))
+    tokens = _trajectory_tokens(steps)
+    text, reasoning, turns = _completed(row.get("completion"), bool(tokens))
+    if len(steps) > 1 and not tokens and not turns:
+        raise _RowError(
+            f"has {len(steps)} turns, and the completion is neither their messages nor their tokens"
+        )
     yield Logged(
-        prompt, text, _number(row, "reward"), truncated=truncated, tokens=sampled, reasoning=reasoning
+        _prompt(row.get("prompt")),
+        text,
+        _number(row, "reward"),
+        truncated=truncated,
+        tokens=tokens,
+        reasoning=reasoning,
+        turns=turns,
     )
+
+
+def _trajectory_tokens(steps: list[Any]) -> Tokens | None:
+    """Join the tokens of a trajectory's turns; the prompt of a turn repeats the turns before it."""
+    turns = [step.get("tokens") if isinstance(step, dict) else None for step in steps]
+    known = [turn for turn in turns if isinstance(turn, dict)]
+    if not known or len(known) < len(turns):
+        return None
+    names = ("prompt_ids", "completion_ids", "completion_logprobs")
+    first, *others = (_tokens(*[_typed(turn, name, list) for name in names]) for turn in known)
+    ids, mask, logprobs = first.completion, [True] * len(first.completion), first.logprobs
+    for turn in others:
+        before = first.prompt + ids
+        if turn.prompt[: len(before)] != before:
+            raise _RowError(f"has {len(turns)} turns whose tokens do not continue those of the turns before")
+        told = turn.prompt[len(before) :]
+        ids = [*ids, *told, *turn.completion]
+        mask = [*mask, *[False] * len(told), *[True] * len(turn.completion)]
+        logprobs = [*logprobs, *[0.0] * len(told), *turn.logprobs]
+    return Tokens(first.prompt, ids, logprobs, None if all(mask) else mask)
 
 
 def _tokens(prompt: list[Any], completion: list[Any], logprobs: list[Any]) -> Tokens:
@@ -300,53 +332,64 @@ def _is_finite(value: float | int) -> bool:
 
 
 def _trace(row: Row) -> Logged:
-    """Read a trace of verifiers that has exactly one model call."""
+    """Read a trace of verifiers: one conversation, whose completion begins with the model's first turn."""
     nodes = row["nodes"]
     if not isinstance(nodes, list) or not nodes or not all(isinstance(node, dict) for node in nodes):
         raise _RowError("nodes is empty, or not a list of objects")
-    sampled = [i for i, node in enumerate(nodes) if node.get("sampled")]
-    if len(sampled) != 1:
-        raise _RowError(f"has {len(sampled)} turns of the model; rollouts of one turn are read")
-    path, place = [], sampled[0]
+    if not any(node.get("sampled") for node in nodes):
+        raise _RowError("has no turn of the model")
+    parents = {node.get("parent") for node in nodes if isinstance(node.get("parent"), int)}
+    leaves = [i for i in range(len(nodes)) if i not in parents]
+    path, place = [], leaves[0] if leaves else 0
     while place is not None and len(path) <= len(nodes):
         if not isinstance(place, int) or not 0 <= place < len(nodes):
             raise _RowError(f"nodes name the parent {str(place)[:20]}, which is not one of them")
         path.insert(0, place)
         place = nodes[place].get("parent")
     if len(path) != len(nodes):
-        raise _RowError("nodes are not one conversation that ends with the model's turn")
+        raise _RowError("nodes are not one conversation")
+    sampled = [i for i in path if nodes[i].get("sampled")]
+    begin, end = path.index(sampled[0]), path.index(sampled[-1]) + 1
     messages = [nodes[i].get("message") for i in path]
-    tokens = _trace_tokens([nodes[i] for i in path])
-    text, reasoning = _answered(messages[-1:], bool(tokens))
+    tokens = _trace_tokens([nodes[i] for i in path[:end]])
+    text, reasoning, turns = _completed(messages[begin:end], bool(tokens))
     calls = row.get("calls")
     ends = (
-        [c for c in calls if isinstance(c, dict) and c.get("node") == sampled[0]]
+        [c for c in calls if isinstance(c, dict) and c.get("node") == sampled[-1]]
         if isinstance(calls, list)
         else []
     )
     reason = ends[-1].get("finish_reason") if ends else None
     truncated = reason == "length" if reason else None
-    return Logged(
-        _prompt(messages[:-1]), text, _trace_reward(row), None, truncated, tokens, reasoning=reasoning
-    )
+    prompt = _prompt(messages[:begin])
+    return Logged(prompt, text, _trace_reward(row), None, truncated, tokens, reasoning=reasoning, turns=turns)
 
 
 def _trace_tokens(nodes: list[Row]) -> Tokens | None:
-    """Join the token ids of a path; the mask marks those of the completion."""
+    """Join the token ids of a path that ends with the model's turn; masks mark the tokens that the model sampled."""
     if not any(node.get("token_ids") for node in nodes):
         return None
-    *before, last = nodes
-    ids, mask = _typed(last, "token_ids", list), _typed(last, "mask", list)
-    if len(ids) != len(mask) or True not in mask:
-        raise _RowError(
-            f"the model's turn has {len(ids)} token ids and a mask of {len(mask)}, or none is sampled"
-        )
-    first, count = mask.index(True), sum(flag is True for flag in mask)
-    if not all(mask[first : first + count]):
-        raise _RowError("the model's turn has sampled tokens with others between them")
-    prompt = [i for node in before for i in _typed(node, "token_ids", list)] + ids[:first]
-    logprobs = last.get("logprobs") or [None] * count
-    return _tokens(prompt, ids[first : first + count], logprobs if isinstance(logprobs, list) else [])
+    ids: list[Any] = []
+    mask: list[bool] = []
+    logprobs: list[Any] = []
+    for node in nodes:
+        tokens = _typed(node, "token_ids", list)
+        flags = _typed(node, "mask", list) if node.get("sampled") else [False] * len(tokens)
+        count = sum(flag is True for flag in flags)
+        if node.get("sampled") and (len(tokens) != len(flags) or not count):
+            raise _RowError(
+                f"a turn of the model has {len(tokens)} token ids and a mask of {len(flags)}, or none is sampled"
+            )
+        given = node.get("logprobs") or [None] * count
+        if not isinstance(given, list) or (count and len(given) != count):
+            raise _RowError(f"a turn of the model has {count} sampled tokens and other log-probabilities")
+        values = iter(given)
+        ids += tokens
+        mask += [flag is True for flag in flags]
+        logprobs += [next(values) if flag is True else 0.0 for flag in flags]
+    first, last = mask.index(True), len(mask) - mask[::-1].index(True)
+    joined = _tokens(ids[:first], ids[first:last], logprobs[first:last])
+    return replace(joined, mask=None if all(mask[first:last]) else mask[first:last])
 
 
 def _trace_reward(row: Row) -> float | None:
@@ -441,10 +484,31 @@ def _answered(completion: Any, tokens: bool = False) -> tuple[str, str]:
             )
     messages = _messages(completion)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise _RowError(
-            "completion is neither a text nor one message of the assistant; rollouts of one turn are read"
-        )
+        raise _RowError("completion is neither a text nor messages of the assistant")
     return messages[0]["content"], reasoning
+
+
+def _completed(completion: Any, tokens: bool = False) -> tuple[str, str, tuple[dict[str, str], ...]]:
+    """Return a completion's text, its reasoning if it is kept apart, and its messages if it has several.
+
+    What follows the policy's last turn conditions nothing, and is left out.
+    """
+    if not isinstance(completion, list) or len(completion) < 2:
+        return *_answered(completion, tokens), ()
+    given = [
+        {**one, "content": one.get("content") or ""} if tokens and isinstance(one, dict) else one
+        for one in completion
+    ]
+    messages = _messages(given)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages or messages[0]["role"] != "assistant":
+        raise _RowError("completion does not begin with a message of the assistant")
+    if len(messages) == 1:
+        return *_answered(completion[:1], tokens), ()
+    if not tokens and any(one.get("reasoning_content") for one in completion):
+        raise _RowError("has several turns with reasoning_content, and no token ids")
+    return "\n\n".join(f"{one['role']}: {one['content']}" for one in messages), "", tuple(messages)
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -457,7 +521,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
         if not isinstance(message.get("role"), str) or fault:
             raise _RowError(f"has a message whose content is not text ({fault or 'its role is none'})")
         if message.get("tool_calls"):
-            raise _RowError("calls tools; rollouts of one turn are read")
+            raise _RowError("calls tools; conversations without tools are read")
         if fault := surrogate_fault(str(content), "content"):
             raise _RowError(fault)
         messages.append({"role": SAME_ROLE.get(message["role"], message["role"]), "content": content})

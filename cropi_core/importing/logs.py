@@ -24,11 +24,12 @@ from cropi_core.errors import DataError
 from cropi_core.importing.artifacts import POLICY_KEY, SAMPLING_KEY
 from cropi_core.importing.checks import check_rollouts
 from cropi_core.importing.log_formats import Asked, Layout, Log, Logged, read_log
+from cropi_core.importing.turns import TurnsError, conversation_tokens
 from cropi_core.policy import Checkpoint, end_tokens, load_policy, render, turn_end
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.prompts import asked_text, normalise, read_prompts
 from cropi_core.rollouts import Parity, completion_logprobs, part_path, summarise_rollouts
-from data_schemas import ROLLOUTS, ArtifactRef, Sampling
+from data_schemas import ArtifactRef, Sampling, rollouts_schema
 
 RETOKENISED = 2
 """Tokens a text may have above the limit: retokenising one cut inside a character yields a few more."""
@@ -104,7 +105,9 @@ def import_log(
             f"log made of these prompts, with this checkpoint's chat template?{faulty}"
         )
     parity = _score(rows, model, sampling, report)
-    columns = {field.name: [row[field.name] for row in rows] for field in ROLLOUTS}
+    masked = any(row["completion_mask"] is not None for row in rows)
+    schema = rollouts_schema(["completion_mask"] if masked else [])
+    columns = {name: [row[name] for row in rows] for name in schema.names}
     table = check_rollouts(columns, str(source.path), sampling.max_new_tokens)
     policy_digest = policy.content_digest()
     metadata = {POLICY_KEY: policy_digest.encode(), SAMPLING_KEY: sampling.model_dump_json().encode()}
@@ -208,6 +211,17 @@ class Vocabulary:
         """Tokenise a completion."""
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]  # pyright: ignore
 
+    def turns(self, one: Logged) -> tuple[list[int], list[bool]]:
+        """Convert a completion of several turns to token ids and a mask.
+
+        Raises:
+            TurnsError: The chat template does not show which tokens were sampled, or the prompt is not messages.
+        """
+        if isinstance(one.prompt, str):
+            raise TurnsError("has several turns, and the prompt is a text")
+        given = conversation_tokens(self.tokenizer, one.prompt, one.turns, self.end, cut=bool(one.truncated))
+        return given.ids, given.mask
+
     def with_reasoning(self, one: Logged, prompt: list[int]) -> str:
         """Put the model's reasoning before its text, in the model's tags for reasoning."""
         opened = str(self.tokenizer.decode(prompt[-8:])).rstrip().endswith("<think>")
@@ -228,8 +242,16 @@ def _rows(
         if one.tokens is not None:
             prompt_ids, ids, text = one.tokens.prompt, one.tokens.completion, one.text or one.reasoning
             cut = one.truncated if one.truncated is not None else ids[-1] not in vocabulary.ends
+            mask = one.tokens.mask
+        elif one.turns:
+            text, cut = one.text, bool(one.truncated)
+            try:
+                ids, mask = vocabulary.turns(one)
+            except TurnsError as fault:
+                log.faults.add(str(fault), one.place)
+                continue
         else:
-            text = one.text
+            text, mask = one.text, None
             if one.reasoning and vocabulary.thinks:
                 text = vocabulary.with_reasoning(one, prompt_ids)
                 counts.reasoned += 1
@@ -242,7 +264,7 @@ def _rows(
                 counts.shortened += 1
             elif not cut and over < 0:
                 ids = [*ids, vocabulary.end]
-        if fault := _fault(one, prompt_ids, ids, vocabulary, sampling):
+        if fault := _fault(one, prompt_ids, ids, mask, vocabulary, sampling):
             log.faults.add(fault, one.place)
             continue
         rows.append(
@@ -255,6 +277,7 @@ def _rows(
                 "text": text,
                 "reward": one.reward,
                 "finish_reason": "length" if cut else "stop",
+                "completion_mask": mask,
                 "outside": 0,
                 "filled": 0,
             }
@@ -263,13 +286,20 @@ def _rows(
     return rows, counts
 
 
-def _fault(one: Logged, prompt: list[int], ids: list[int], vocabulary: Vocabulary, sampling: Sampling) -> str:
+def _fault(
+    one: Logged,
+    prompt: list[int],
+    ids: list[int],
+    mask: list[bool] | None,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+) -> str:
     """Return why a completion cannot be used, or an empty string."""
     if not prompt:
         return "the prompt has no tokens"
     if not ids:
         return "the completion has no tokens"
-    if len(ids) > sampling.max_new_tokens:
+    if (len(ids) if mask is None else sum(mask)) > sampling.max_new_tokens:
         return f"the completion has more tokens than sampling.max_new_tokens={sampling.max_new_tokens}"
     strange = [i for i in (*prompt, *ids) if not 0 <= i < vocabulary.size]
     if strange:
@@ -286,6 +316,7 @@ def _counted(log: Log, counts: _Counts, rows: list[dict[str, Any]]) -> dict[str,
         "repeated_rows": log.repeated,
         "shortened_by_one_or_two_tokens": counts.shortened,
         "with_reasoning": counts.reasoned,
+        "several_turns": sum(row["completion_mask"] is not None for row in rows),
         "logprobs_filled": sum(row["filled"] for row in rows),
     }
     return {name: count for name, count in by_name.items() if count}
@@ -297,17 +328,19 @@ def _score(rows: list[dict[str, Any]], model: PreTrainedModel, sampling: Samplin
     for position, row in enumerate(rows):
         report(Progress(position, len(rows), "completion"))
         computed, kept = completion_logprobs(model, row["prompt_ids"], row["completion_ids"], sampling)
-        row["outside"] = int((~kept).sum())
         values, logged = computed.double().cpu().numpy(), row["behavior_logprobs"]
+        mask = row["completion_mask"]
+        sampled = np.ones(len(values), bool) if mask is None else np.array(mask)
+        row["outside"] = int((~kept.cpu().numpy() & sampled).sum())
         if logged is None:
-            row["behavior_logprobs"] = values.tolist()
+            row["behavior_logprobs"] = np.where(sampled, values, 0.0).tolist()
             continue
         given = np.array([np.nan if value is None else value for value in logged], dtype=np.float64)
         missing = np.isnan(given)
         row["filled"] = int(missing.sum())
         row["behavior_logprobs"] = np.where(missing, values, given).tolist()
-        if not missing.all():
-            gaps = np.abs(values - given)[~missing]
+        if (compared := sampled & ~missing).any():
+            gaps = np.abs(values - given)[compared]
             parity += Parity(1, len(gaps), float(gaps.sum()), float(gaps.max()), row["outside"])
     report(Progress(len(rows), len(rows), "completion"))
     return parity
@@ -356,6 +389,11 @@ def _approximations(
             f"{sampling.temperature:g}, top-p {sampling.top_p:g}: as far as another policy or distribution sampled, "
             "importance ratios are of another than it",
         ]
+    if any(one.turns for one in completions):
+        lines.append(
+            "of conversations, what the policy was told between its turns is masked: it conditions later turns and has "
+            "no gradient"
+        )
     if parity.completions:
         lines.append(
             "log-probabilities are the log's; our own forward's with the given checkpoint are "

@@ -195,11 +195,18 @@ def embedded_tokens(model: PreTrainedModel) -> int:
     return int(embedding.weight.shape[0])
 
 
-def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], *, opened: bool = True
+) -> list[int]:
     """Convert messages to the prompt's token ids; every step uses this function.
 
     With a chat template: the template, ending where the assistant begins. Without: the contents joined by blank
     lines and the tokenizer's special tokens, for base models.
+
+    Args:
+        tokenizer: The policy's.
+        messages: The messages.
+        opened: End where the assistant begins; otherwise after the last message. Only with a chat template.
 
     Raises:
         PolicyError: The template refuses the messages, or does not end; or the tokenizer fails on them.
@@ -209,7 +216,7 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> l
             with refused_messages([m["role"] for m in messages]), bounded_rendering():
                 encoded: Any = tokenizer.apply_chat_template(
                     [{"role": m["role"], "content": m["content"]} for m in messages],
-                    add_generation_prompt=True,
+                    add_generation_prompt=opened,
                     tokenize=True,
                     return_dict=True,
                 )

@@ -12,8 +12,9 @@ from cropi_core.cli.app import app
 from cropi_core.errors import ConfigError, DataError
 from cropi_core.importing.log_formats import read_log
 from cropi_core.importing.logs import LogSource, import_log
+from cropi_core.importing.turns import TurnsError, conversation_tokens
 from cropi_core.policy.checkpoint import Checkpoint, tree_digest
-from cropi_core.policy.loading import load_policy, turn_end
+from cropi_core.policy.loading import load_policy, render, turn_end
 from cropi_core.prompts.loading import write_prompts
 from cropi_core.rollouts.collect import RolloutPlan, sample_rollouts
 from cropi_core.rollouts.table import read_rollouts
@@ -21,6 +22,7 @@ from cropi_core.world import base_checkpoint, build
 from data_schemas.grading import Grading
 from data_schemas.rollouts import Sampling
 from data_schemas.runtime import Runtime
+from tests.support.features import extract
 from tests.support.paths import CHECKOUT
 
 SAMPLING = Sampling(samples=4, max_new_tokens=12, temperature=1.3)
@@ -240,12 +242,17 @@ FAULTY = {
     ),
     "prime_rl": (
         [
-            {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}] * 2, "reward": 1.0},
+            {"prompt": "a", "completion": [{"role": "user", "content": "b"}] * 2, "reward": 1.0},
             {"nodes": [], "rewards": {}},
             {"prompt": "a", "completion": "b", "reward": 1.0, "trajectory": [{}, {}]},
             {"prompt": [{"role": "assistant", "content": "b"}], "completion": "b", "reward": 1.0},
         ],
-        ["one message of the assistant", "nodes is empty", "has 2 turns", "end with a question"],
+        [
+            "does not begin with a message of the assistant",
+            "nodes is empty",
+            "has 2 turns",
+            "end with a question",
+        ],
     ),
     "cropi": (
         [
@@ -370,8 +377,82 @@ def test_a_trace_of_one_turn_is_read(tmp_path):
     )
     twice = [*nodes, {**nodes[1], "parent": 1}]
     lines(tmp_path / "step_1" / "traces.jsonl", [{**trace, "nodes": twice}])
-    with pytest.raises(DataError, match="has 2 turns of the model"):
+    (one,) = read_log(tmp_path, "prime_rl").completions
+    assert (one.tokens.prompt, one.tokens.completion) == ([1, 5, 6], [10, 2, 9, 6, 10, 2])
+    assert one.tokens.mask == [True, True, False, False, True, True]
+    assert one.tokens.logprobs == [-0.5, -0.25, 0.0, 0.0, -0.5, -0.25]
+    branch = [*nodes, {**nodes[1], "parent": 0}]
+    lines(tmp_path / "step_1" / "traces.jsonl", [{**trace, "nodes": branch}])
+    with pytest.raises(DataError, match="nodes are not one conversation"):
         read_log(tmp_path, "prime_rl")
+
+
+TOLD = [{"role": "user", "content": "again="}]
+
+
+def conversations(directory, prompts, form):
+    """Write conversations of two turns as TRL's log, or as verifiers' outputs with or without token ids."""
+    _, tokenizer = load_policy(base_checkpoint(), "float32", "cpu")
+    logged = []
+    for row in list(prompts.values())[:2]:
+        for sample, answer in enumerate(("abc", "cba")):
+            turns = [*said("abc"), *TOLD, *said(answer)]
+            at = [render(tokenizer, [*row["messages"], *turns[:n]]) for n in range(4)]
+            given = {"prompt": row["messages"], "completion": turns, "reward": float(sample)}
+            if form == "tokens":
+                pairs = [(at[0], at[1][len(at[0]) :]), (at[2], at[3][len(at[2]) :])]
+                given["trajectory"] = [
+                    {"tokens": {"prompt_ids": p, "completion_ids": c, "completion_logprobs": [-1.0] * len(c)}}
+                    for p, c in pairs
+                ]
+            logged.append(given | {"step": 1} if form == "trl" else given)
+    if form == "trl":
+        directory.mkdir()
+        pq.write_table(pa.Table.from_pylist(logged), directory / "completions_00001.parquet")
+    else:
+        lines(directory / "train_rollouts.jsonl", logged)
+
+
+@pytest.mark.parametrize("form", ["trl", "messages", "tokens"])
+def test_a_conversation_is_masked_from_its_log_to_its_feature(ours, tmp_path, form):
+    table, prompts, _ = ours
+    conversations(tmp_path / "log", prompts, form)
+    sampling = Sampling(samples=2, max_new_tokens=12)
+    back, summary = imported(tmp_path, "trl" if form == "trl" else "prime_rl", table, sampling)
+    assert summary["several_turns"] == 4
+    assert any("between its turns is masked" in line for line in summary["approximations"])
+    _, tokenizer = load_policy(base_checkpoint(), "float32", "cpu")
+    for row in back.to_pylist():
+        parts = {True: [], False: []}
+        for token, own, value in zip(
+            *(row[n] for n in ("completion_ids", "completion_mask", "behavior_logprobs")), strict=True
+        ):
+            parts[own].append(token)
+            assert (value == 0.0) == (not own)
+        assert tokenizer.decode(parts[True]) in ("abc<eos>abc<eos>", "abc<eos>cba<eos>")
+        assert tokenizer.decode(parts[False]) == "again="
+        assert row["finish_reason"] == "stop"
+    if form == "tokens":
+        assert summary["parity"]["tokens"] == 4 * 8
+        return
+    (parts,) = (tmp_path / "root").glob("**/parts")
+    features = extract(tmp_path, base_checkpoint(), parts)
+    assert features.column("status").tolist() == [0, 0]
+    assert abs(features.column("kl")).max() < 1e-6  # the same forward gave the log-probabilities
+
+
+def test_turns_that_are_not_one_sequence_of_tokens_are_refused(ours, tmp_path):
+    table, prompts, _ = ours
+    conversations(tmp_path / "log", prompts, "tokens")
+    rows = [json.loads(line) for line in (tmp_path / "log" / "train_rollouts.jsonl").read_text().splitlines()]
+    rows[0]["trajectory"][1]["tokens"]["prompt_ids"][0] += 1
+    lines(tmp_path / "log" / "train_rollouts.jsonl", rows)
+    with pytest.raises(DataError, match="do not continue those of the turns before"):
+        imported(tmp_path, "prime_rl", table)
+    forgetful = load_policy(base_checkpoint(), "float32", "cpu")[1]
+    forgetful.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(TurnsError, match="renders earlier turns differently"):
+        conversation_tokens(forgetful, ASKED, [*said("abc"), *TOLD, *said("b")], 2)
 
 
 def test_a_null_log_probability_is_filled_by_a_forward_pass(ours, tmp_path):
