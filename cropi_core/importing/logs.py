@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -219,7 +219,8 @@ class Vocabulary:
         """
         if isinstance(one.prompt, str):
             raise TurnsError("has several turns, and the prompt is a text")
-        given = conversation_tokens(self.tokenizer, one.prompt, one.turns, self.end, cut=bool(one.truncated))
+        prompt, turns = cast(Any, one.prompt), cast(Any, one.turns)
+        given = conversation_tokens(self.tokenizer, prompt, turns, self.end, cut=bool(one.truncated))
         return given.ids, given.mask
 
     def with_reasoning(self, one: Logged, prompt: list[int]) -> str:
@@ -346,17 +347,9 @@ def _score(rows: list[dict[str, Any]], model: PreTrainedModel, sampling: Samplin
     return parity
 
 
-def _approximations(
-    log: Log,
-    rows: list[dict[str, Any]],
-    counts: _Counts,
-    sampling: Sampling,
-    parity: Parity,
-    vocabulary: Vocabulary,
-) -> list[str]:
-    """List the assumptions."""
-    lines, completions = [], log.completions
-    filled = sum(row["filled"] for row in rows)
+def _changes(log: Log, counts: _Counts) -> list[str]:
+    """List what was dropped, put together, cut or masked."""
+    lines = []
     if log.repeated:
         lines.append(
             f"{log.repeated} rows are in an earlier file too (the same batch, logged again) and are counted once"
@@ -373,6 +366,25 @@ def _approximations(
         lines.append(
             f"{counts.shortened} texts have one or two tokens more than the limit, and were taken as cut there"
         )
+    if any(one.turns for one in log.completions):
+        lines.append(
+            "of conversations, what the policy was told between its turns is masked: it conditions later turns and has "
+            "no gradient"
+        )
+    return lines
+
+
+def _approximations(
+    log: Log,
+    rows: list[dict[str, Any]],
+    counts: _Counts,
+    sampling: Sampling,
+    parity: Parity,
+    vocabulary: Vocabulary,
+) -> list[str]:
+    """List the assumptions."""
+    lines, completions = _changes(log, counts), log.completions
+    filled = sum(row["filled"] for row in rows)
     if filled:
         lines.append(
             f"{filled} log-probabilities are null or not finite in the log and are our own forward's"
@@ -389,11 +401,6 @@ def _approximations(
             f"{sampling.temperature:g}, top-p {sampling.top_p:g}: as far as another policy or distribution sampled, "
             "importance ratios are of another than it",
         ]
-    if any(one.turns for one in completions):
-        lines.append(
-            "of conversations, what the policy was told between its turns is masked: it conditions later turns and has "
-            "no gradient"
-        )
     if parity.completions:
         lines.append(
             "log-probabilities are the log's; our own forward's with the given checkpoint are "

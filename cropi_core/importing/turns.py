@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from cropi_core.policy import render
-
-Message = dict[str, str]
+from cropi_core.policy import Message, render
 
 
 class TurnsError(Exception):

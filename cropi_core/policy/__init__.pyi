@@ -12,6 +12,7 @@ from .device import prepare_device as prepare_device
 from .device import release_device as release_device
 from .device import visible_gpus as visible_gpus
 from .device import worker_environments as worker_environments
+from .loading import Message as Message
 from .loading import copy_checkpoint as copy_checkpoint
 from .loading import embedded_tokens as embedded_tokens
 from .loading import end_tokens as end_tokens
