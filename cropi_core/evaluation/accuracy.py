@@ -100,6 +100,7 @@ def evaluate(
         SHARD_PROMPTS,
         settings.engine,
         by_source=settings.samples_by_source,
+        keep_checksums=True,
     )
     if plan.by_source:
         columns = [read_prompts(path)["source"].to_pylist() for path in sets.values()]

@@ -57,6 +57,8 @@ class RolloutPlan:
         engine: The sampler: transformers in this process, or vLLM servers.
         passes: Sample in passes, at most ``sampling.samples`` completions of a prompt; None samples all of them.
         by_source: Number of samples by source of the prompts; others get ``sampling.samples``. Not with ``passes``.
+        keep_checksums: Keep the checksums of the parts, which a step that samples several sets needs to resume from
+            those that are complete.
     """
 
     sampling: Sampling
@@ -65,6 +67,7 @@ class RolloutPlan:
     engine: Engine = "transformers"
     passes: Passes | None = None
     by_source: Mapping[str, int] = field(default_factory=dict)
+    keep_checksums: bool = False
 
     def samples(self, row: dict[str, Any]) -> int:
         """Return the number of samples of a row of a prompts table."""
@@ -142,7 +145,8 @@ def sample_rollouts(
                 reasons, later = _write_passes(draw, out, every, plan, metadata, verifier, report)
             warnings += later
     shutil.rmtree(_passes_path(out), ignore_errors=True)
-    forget_checksums(out)
+    if not plan.keep_checksums:
+        forget_checksums(out)
     report(Progress(table.num_rows, table.num_rows, "prompt"))
     sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
     summary = summarise_rollouts(read_rollouts(out), sources)

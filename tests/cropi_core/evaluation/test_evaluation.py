@@ -179,6 +179,11 @@ def test_a_stop_between_shards_changes_no_byte(tmp_path: Path, sets: dict[str, P
         run(tmp_path / "stopped", sets, report=stop)
     parts = sorted(p.name for p in (tmp_path / "stopped" / ".scratch").rglob("part-*.parquet"))
     assert parts == ["part-00000.parquet", "part-00000.parquet"]
+    part = tmp_path / "stopped" / ".scratch" / "copied" / "part-00000.parquet"  # of a set that is complete
+    table = pq.read_table(part)
+    rewards = pa.array([1 - value for value in table["reward"].to_pylist()], pa.float32())
+    place = table.column_names.index("reward")
+    pq.write_table(table.set_column(place, table.schema.field("reward"), rewards), part)  # a failing disk
     run(tmp_path / "stopped", sets, runtime=Runtime(device="cpu", threads=1, generation_rows=32))
     for name in ("completions.parquet", "accuracy.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
