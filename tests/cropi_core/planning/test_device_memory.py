@@ -127,13 +127,33 @@ def test_every_step_of_a_preset_fits_its_card(name):
     assert f"cropi plan configs/{name}.yaml --card {card.name}" in lines
 
 
-@pytest.mark.parametrize("name", ["paper-1.5b", "single-80gb"])
-def test_vllm_inside_training_fits_with_smaller_micro_batches(name):
-    overrides = ["training.engine=vllm", "runtime.train_micro_batch=8"]
-    config, card = load_config(name, overrides), CARDS["h100-80gb"]
-    need = needs_of(config, card)["training"]
-    assert need.parts["vLLM in the process"] == pytest.approx(0.3 * 80e9)
-    assert fault(need, card) is None
+@pytest.mark.parametrize(("name", "share"), [("paper-1.5b", 0.3), ("single-80gb", 0.3), ("paper-7b", 0.5)])
+def test_vllm_inside_training_is_counted_while_it_samples_or_always(name, share):
+    """Asleep it takes nothing; with all else that training keeps, it would not fit beside a large micro-batch."""
+    card = CARDS["h100-80gb"]
+    need = needs_of(load_config(name), card)["training"]
+    assert need.parts["vLLM in the process"] == pytest.approx(share * 80e9)
+    assert "activations" not in need.parts
+    awake = ["runtime.trl.vllm_enable_sleep_mode=false", "runtime.train_micro_batch=32"]
+    need = needs_of(load_config(name, awake), card)["training"]
+    assert {"vLLM in the process", "activations"} <= need.parts.keys()
+    assert fault(need, card)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequences"), [("paper-1.5b", 128), ("single-80gb", 256), ("paper-7b", 128)]
+)
+def test_the_share_of_vllm_inside_training_holds_all_completions_of_a_step(name, sequences):
+    """Weights and activations of vLLM take 4 GB more than the weights; the rest is its cache."""
+    config = load_config(name)
+    launch, training, trl = config.runtime.launch, config.training, config.runtime.trl
+    ranks = launch.processes if launch else 1
+    assert training.prompts_per_step * training.sampling.samples == sequences * ranks
+    shape = Shape.of(qwen(config.policy.path))
+    length = PROMPT + training.sampling.max_new_tokens
+    cache = sequences * length * 2 * 2 * shape.layers * shape.key
+    assert trl.vllm_gpu_memory_utilization is not None
+    assert 2 * shape.parameters + 4e9 + cache <= trl.vllm_gpu_memory_utilization * 80e9
 
 
 @pytest.mark.parametrize(
