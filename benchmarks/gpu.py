@@ -7,11 +7,15 @@ Weights are random, so nothing is downloaded; time does not depend on their valu
 point operations which the pass needs at least (forward and backward to activations, 4 a parameter and token, prompts
 counted once a group) over what a large product of the same type reaches on this device in the same run. Completions
 have from half of ``--tokens`` to all of it, so no two packs have one shape. Packing is timed apart, and features of the
-output layer alone have a rate of their own. :data:`TARGETS` are computed for an H100 at 1.5B, not measured.
+output layer alone have a rate of their own. bergson computes a gradient a completion of the same groups, if it is
+installed (``pip install -c constraints.txt bergson==2.5.1``); the figures say so if it is not. :data:`TARGETS` are
+computed for an H100 at 1.5B, not measured.
 """
 
 import argparse
+import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine, write_figures
+from peers import bergson_features, check_features, peer_rows
 from recipe import released_recipe
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from cropi_core.gradients import OK, FeatureSettings, Group, batch_groups
 from cropi_core.gradients.batches import Budget, project_blocks
@@ -99,6 +104,35 @@ def timed(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     return best
 
 
+def compare_bergson(
+    model: PreTrainedModel, groups: list[Group], seconds: float, budget: int
+) -> dict[str, Any]:
+    """Time bergson over the same groups and the same weights, on the GPU if there is one.
+
+    Args:
+        model: The policy.
+        groups: Groups with a gradient.
+        seconds: Time that the feature engine takes for them.
+        budget: Padded tokens of a batch of bergson, which has the logits of all of them at once.
+
+    Returns:
+        ``bergson``: what it chose, or that it is not installed; its rate, and the engine's speed as a ratio to it.
+    """
+    if importlib.util.find_spec("bergson") is None:
+        return {"bergson": "not installed: pip install -c constraints.txt bergson==2.5.1"}
+    rows = peer_rows(groups)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+        features, watch, choices = bergson_features(Path(folder), rows, Projection().k, budget, precision)
+    check_features(features, rows)
+    return {
+        "bergson": choices | {"dimensions": features.shape[1], "precision": precision},
+        "bergson_prompts_per_second": len(groups) / watch.seconds,
+        "speedup_over_bergson": watch.seconds / seconds,
+    }
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -166,6 +200,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     head.close()
     found["head_prompts_per_second"] = len(groups) / head_seconds
+    found |= compare_bergson(model, groups, seconds, options.bergson_budget)
     if not options.tiny:
         found["ratio_to_target"] = {name: found[name] / target for name, target in TARGETS.items()}
     return found | {"machine": machine()}
@@ -182,6 +217,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=768, help="of a completion; 1,024 with its prompt")
     parser.add_argument("--budget", type=int, default=16_384, help="tokens a pass")
+    parser.add_argument("--bergson-budget", type=int, default=8192, help="padded tokens a batch of bergson")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

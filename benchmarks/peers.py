@@ -79,7 +79,7 @@ def check_features(features: Tensor, rows: Sequence[Row]) -> None:
 
 
 def bergson_features(
-    policy: Path, rows: Sequence[Row], k: int, token_budget: int
+    policy: Path, rows: Sequence[Row], k: int, token_budget: int, precision: Literal["fp32", "bf16"] = "fp32"
 ) -> tuple[Tensor, Stopwatch, dict[str, Any]]:
     """Compute a feature a completion with bergson: its own model loading, batching, hooks and in-memory builder.
 
@@ -99,7 +99,7 @@ def bergson_features(
 
     with tempfile.TemporaryDirectory() as run:
         config = IndexConfig(
-            run_path=f"{run}/index", model=str(policy), precision="fp32", loss_reduction="mean"
+            run_path=f"{run}/index", model=str(policy), precision=precision, loss_reduction="mean"
         )
         config.partial_run_path.mkdir()
         model, _ = setup_model_and_peft(config)
@@ -116,6 +116,8 @@ def bergson_features(
             computer = CollectorComputer(model, data, collector=collector, batches=batches, cfg=config)
             with Stopwatch() as watch:
                 computer.run_with_collector_hooks()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
             return torch.cat(list(collector.gradients.values()), dim=1), watch
 
         collect(rows[:2])  # draws the projection matrices

@@ -142,6 +142,7 @@ def test_the_gpu_benchmark_runs_its_path_on_a_cpu(tmp_path: Path):
     assert 0 < result["share_of_matrix_rate"] < 1
     assert 0 < result["packing_share"] < 1
     assert result["head_prompts_per_second"] > 0
+    assert "not installed" in result["bergson"] or result["bergson_prompts_per_second"] > 0
     assert result["machine"].keys() >= MACHINE
 
 
