@@ -239,9 +239,12 @@ class GradientStore:
         temporary.replace(marker)
 
     def _checksum(self, shard: int) -> str:
-        """Return the checksum of a shard's file; empty for a shard of zeros, which has none."""
+        """Return a shard's number, so that a marker under another name is noticed, and the checksum of its file.
+
+        A shard of zeros has no file.
+        """
         file = self._shard_file(shard)
-        return file_crc32c(file) if file.exists() else ""
+        return f"{shard} {file_crc32c(file) if file.exists() else ''}"
 
     def _forget_damaged_shards(self) -> None:
         """Remove the markers of shards that a power failure or a failing disk has changed; they are computed again."""

@@ -204,14 +204,6 @@ def forges_a_reply(completion: str, answer: str) -> float:
     raise ValueError("forged")
 
 
-def forges_numbered_replies(completion: str, answer: str) -> float:
-    for number in range(1, 100):
-        for descriptor in range(3, 10):
-            with contextlib.suppress(OSError):
-                os.write(descriptor, json.dumps([0.5, "", False, 0, number]).encode() + b"\n")
-    raise ValueError("forged")
-
-
 def writes_garbage_into_replies(completion: str, answer: str) -> float:
     for descriptor in range(3, 30):
         with contextlib.suppress(OSError):
@@ -255,7 +247,7 @@ KINDS = (
     writes_outside, fills_the_disk, writes_to_shared_memory,
     connects, sends_a_datagram, asks_over_http, connects_in_a_program,
     kills_its_parent, kills_its_parents_group, kills_by_descriptor, limits_its_parent, writes_into_its_parent,
-    forges_a_reply, forges_numbered_replies, writes_garbage_into_replies, floods_replies, closes_everything,
+    forges_a_reply, writes_garbage_into_replies, floods_replies, closes_everything,
     returns_what_is_no_reward,
     raises_a_long_message, changes_the_interpreter,
 )  # fmt: skip

@@ -9,6 +9,7 @@ as a run is in training; its run is queued again, and another worker takes its p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -111,7 +112,7 @@ def faults_of(root: Path) -> tuple[list[str], dict[str, int]]:
                 faults.append(f"{run}: {slot} has another digest")
     faults += [f"{key}: {fault}" for key in store.keys() for fault in store.faults(key)]  # noqa: SIM118
     faults += [f"{key} was computed {times} times" for key, times in computed.items() if times > 1]
-    left = [path.name for path in (root / ".work").glob("*-v*")]
+    left = [path.name for path in (root / ".work").glob("*-v*") if path.is_dir()]
     faults += [f"{name} is left in .work" for name in left]
     return faults, dict(origins)
 
@@ -147,10 +148,11 @@ def load(count: int, workers: int, root: Path, kill: bool) -> dict[str, Any]:
     finally:
         for one in running.values():
             one.terminate()
-        for one in running.values():
-            one.wait(120)
         server.terminate()
-        server.wait(60)
+        for one in (*running.values(), server):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.wait(60)
+            one.kill()
     faults, origins = faults_of(root / "root")
     faults += [f"{state} {number}" for state, number in counts.items() if state != "Completed"]
     return {

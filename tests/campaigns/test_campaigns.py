@@ -18,7 +18,7 @@ CAMPAIGNS = {
     "malformed": 2000,
     "kills": 9,
     "faults": 10,
-    "verifiers": 34,
+    "verifiers": 33,
     "servers": 15,
 }
 

@@ -33,8 +33,6 @@ from tests.campaigns.roots import CONTEXT
 KINDS = [function.__name__ for function in hostile_verifiers.KINDS]
 SOURCE = inspect.getsourcefile(hostile_verifiers)
 HARMLESS = "def plain(completion: str, answer: str) -> float:\n    return float(completion == answer)\n"
-OWN = {"forges_numbered_replies"}
-"""A function that can forge the reward of its own item, which it decides anyway."""
 ITEMS = 30
 TIMEOUT = 1.0
 MEMORY_MB = 256
@@ -105,7 +103,7 @@ def judged(place: Path, kind: str, number: int) -> dict[str, Any]:
     grades = here.recv() if lived else []
     for at, (reward, reason) in enumerate(grades):
         right = float(at % 2 == 0) if at < ITEMS else float(at - ITEMS in (0, 1))
-        if at in hostile and ((reward is not None and kind not in OWN) or len(reason) > 500):
+        if at in hostile and (reward is not None or len(reason) > 500):
             faults.append(f"hostile item {at} has {reward} {reason[:100]}")
         elif at not in hostile and reward != right:
             faults.append(f"item {at} has {reward} {reason[:100]}")

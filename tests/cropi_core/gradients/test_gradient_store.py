@@ -340,3 +340,15 @@ def test_inner_chunks_tile_a_shard_and_stay_small(rows_per_shard: int, k: int):
     chunk = gradient_layout.chunk_rows(rows_per_shard, k, 2)
     assert rows_per_shard % chunk == 0
     assert chunk == 1 or chunk * k * 2 <= gradient_layout.CHUNK_BYTES
+
+
+def test_a_marker_under_the_name_of_another_shard_is_noticed(tmp_path):
+    """Power loss can keep renames in another order: shard 1 is of zeros and has no file, shard 2 has lost its file."""
+    path = tmp_path / "a.zarr"
+    store = create(path)
+    for shard in range(store.shards):
+        write(store, shard)
+    (path / ".done" / "2.npz").write_bytes((path / ".done" / "1.npz").read_bytes())
+    (path / "features" / "c" / "2" / "0").unlink()
+    again = create(path)
+    assert [again.done(shard) for shard in range(again.shards)] == [True, True, False]
