@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from cropi_core.analysis import Contrast, RunChosen, StageChosen, chosen_of, fixed
 from cropi_core.report import plots
+from cropi_core.report.csv_data import csv_address, distance_table
 from cropi_core.report.data import shown_stages
 from cropi_core.report.text import number, percent
 from cropi_core.runs import Artifacts
@@ -62,6 +63,7 @@ class Section:
     moves: list[tuple[str, list[str]]]
     meanings: list[tuple[str, str]]
     figure: Markup | None
+    csv: str
     verdicts: list[str]
     notes: list[str]
 
@@ -72,10 +74,9 @@ def section(artifacts: Artifacts) -> Section | None:
     if not chosen_run.stages:
         return None
     names = _names(chosen_run)
-    svg = plots.chance_comparison(
-        [label_of(name) for name in names],
-        {one.stage: [_reach(one.figures.get(name)) for name in names] for one in chosen_run.stages},
-    )
+    labels = [label_of(name) for name in names]
+    reach = {one.stage: [_reach(one.figures.get(name)) for name in names] for one in chosen_run.stages}
+    svg = plots.chance_comparison(labels, reach)
     return Section(
         stages=[one.stage for one in chosen_run.stages],
         rows=[
@@ -85,6 +86,7 @@ def section(artifacts: Artifacts) -> Section | None:
         moves=_moves(chosen_run.stages),
         meanings=[(LABELS[name], MEANINGS[name]) for name in names if name in MEANINGS],
         figure=None if svg is None else Markup(svg),  # noqa: S704 - matplotlib escapes its text
+        csv=csv_address(distance_table(labels, reach)),
         verdicts=[verdict.sentence for verdict in chosen_run.verdicts],
         notes=chosen_run.notes,
     )

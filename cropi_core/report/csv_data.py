@@ -64,3 +64,11 @@ def score_table(values: Mapping[int, np.ndarray]) -> Table:
         bins = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
         rows += [(stage, *one) for one in bins]
     return ("stage", "from", "to", "prompts"), rows
+
+
+def distance_table(labels: Sequence[str], reach: Mapping[int, Sequence[float | None]]) -> Table:
+    """Tabulate the distance of selections from the pool by stage and metric; −1 to 1 is within chance."""
+    rows = [
+        (s, name, d) for s, values in sorted(reach.items()) for name, d in zip(labels, values, strict=True)
+    ]
+    return ("stage", "metric", "distance"), rows

@@ -6,7 +6,14 @@ import io
 
 import numpy as np
 
-from cropi_core.report.csv_data import accuracy_table, csv_address, metric_table, pass_rate_table, score_table
+from cropi_core.report.csv_data import (
+    accuracy_table,
+    csv_address,
+    distance_table,
+    metric_table,
+    pass_rate_table,
+    score_table,
+)
 from cropi_core.report.data import Curve, Trained
 from cropi_core.runs import Accuracy
 
@@ -43,3 +50,9 @@ def test_histograms_count_every_finite_value():
     assert header == ("stage", "from", "to", "prompts")
     assert {stage: sum(row[3] for row in rows if row[0] == stage) for stage in (1, 2)} == {1: 1, 2: 2}
     assert pass_rate_table([0.5] * 10, [1.0] * 10)[1][9] == (0.9, 1.0, 0.5, 1.0)
+
+
+def test_distances_are_listed_by_stage_and_metric():
+    header, rows = distance_table(["entropy", "level"], {2: [None, 1.5], 1: [0.5, -2.0]})
+    assert header == ("stage", "metric", "distance")
+    assert rows == [(1, "entropy", 0.5), (1, "level", -2.0), (2, "entropy", None), (2, "level", 1.5)]
