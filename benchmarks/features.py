@@ -5,8 +5,9 @@
     python benchmarks/features.py --policy smollm2 --rollouts speed.parquet --peers peers/bin/python
 
 Rollouts of a real model come from ``benchmarks/gsm8k_rollouts.py``; the peers' environment is described in
-``benchmarks/peers.py``. All figures of a run are of the same prompts and threads. Times are the least of ``--repeats``,
-by the clock and by the processor; ratios are of processor seconds, which other work on the machine disturbs less.
+``benchmarks/peers.py``. All figures of a run are of the same prompts and threads. The passes run in turn, ``--repeats``
+times. Times are the least of these, by the clock and by the processor. A ratio is of processor seconds of the same
+turn; its median over the turns is given, and its smallest and largest, which show what other work did to it.
 
 The ordinary pass is what a trainer does: right-padded rows of like length under the same token budget, gradients of
 all parameters, logits of completion tokens alone. Its padding is taken off its time, none of ours is off ours.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,13 @@ from data_schemas.rollouts import Sampling
 from data_schemas.runtime import Runtime
 from data_schemas.scores import Scores
 
-FORMS = {"": Projection(k=8192), "_factored": Projection(k=8192, form="factored", density=0.1)}
-"""The default form, and the subset of rows and columns, by the ending of their figures' names; k as the peers' is."""
+PEERS_K = 8192
+"""Numbers a prompt that the peers are measured with; the product's default is that of ``Projection``."""
+
+
+def forms(k: int) -> dict[str, Projection]:
+    """Return the default form, and the subset of rows and columns, by the ending of their figures' names."""
+    return {"": Projection(k=k), "_factored": Projection(k=k, form="factored", density=0.1)}
 
 
 def embedded_rollouts(out: Path, prompts: int) -> Path:
@@ -144,48 +151,70 @@ def recipe_pass(policy: Path, temperature: float) -> Callable[[list[Group]], Non
     return run
 
 
-def timed(
+def turns(
     passes: dict[str, Callable[[list[Group]], None]], groups: list[Group], repeats: int
-) -> dict[str, Stopwatch]:
-    """Run the passes in turn, ``repeats`` times, after a first prompt that is not timed; the least of each."""
-    best: dict[str, Stopwatch] = {}
+) -> dict[str, list[Stopwatch]]:
+    """Run the passes in turn, ``repeats`` times, after a first prompt that is not timed."""
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in passes}
     for run in passes.values():
         run(groups[:1])
     for _ in range(repeats):
         for name, run in passes.items():
             with Stopwatch() as watch:
                 run(groups)
-            if name not in best or watch.cpu_seconds < best[name].cpu_seconds:
-                best[name] = watch
-    return best
+            watches[name].append(watch)
+    return watches
 
 
-def speed(policy: Path, rollouts: Path, limit: int | None, budget: int, repeats: int) -> dict[str, Any]:
+def least(watches: list[Stopwatch]) -> Stopwatch:
+    """Return the turn that took the fewest processor seconds."""
+    return min(watches, key=lambda watch: watch.cpu_seconds)
+
+
+def timed(
+    passes: dict[str, Callable[[list[Group]], None]], groups: list[Group], repeats: int
+) -> dict[str, Stopwatch]:
+    """Run the passes in turn, and return the least of each; see :func:`turns`."""
+    return {name: least(watches) for name, watches in turns(passes, groups, repeats).items()}
+
+
+def ratio(name: str, a: list[Stopwatch], b: list[Stopwatch], factor: float = 1.0) -> dict[str, float]:
+    """Return the median, the smallest and the largest ratio of processor seconds over the turns, times ``factor``."""
+    ratios = [factor * x.cpu_seconds / y.cpu_seconds for x, y in zip(a, b, strict=True)]
+    return {name: median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
+
+
+def speed(
+    policy: Path, rollouts: Path, limit: int | None, budget: int, repeats: int, k: int
+) -> dict[str, Any]:
     """Compare the engine with the ordinary pass and with the released recipe."""
     table = read_rollouts(rollouts)
     sampling = sampling_of(table)
     groups = [g for g in group_rollouts(table, 2) if g.status == OK][:limit]
-    passes = {f"engine{end}": engine_pass(make_job(policy, sampling, p, budget)) for end, p in FORMS.items()}
+    passes = {
+        f"engine{end}": engine_pass(make_job(policy, sampling, p, budget)) for end, p in forms(k).items()
+    }
     passes |= {"ordinary": ordinary_pass(policy, budget), "recipe": recipe_pass(policy, sampling.temperature)}
-    watches = timed(passes, groups, repeats)
+    watches = turns(passes, groups, repeats)
     tokens = sum(g.tokens for g in groups)
     padded = sum(ids.numel() for ids, _, _ in padded_batches(groups, budget))
-    ordinary = watches["ordinary"].cpu_seconds * tokens / padded
     found: dict[str, Any] = {
-        "k": 8192,
+        "k": k,
+        "repeats": repeats,
         "prompts": len(groups),
         "tokens": tokens,
         "packed_tokens": sum(g.packed for g in groups),
         "padded_tokens_of_the_ordinary_pass": padded,
     }
-    for end in FORMS:
-        own = watches[f"engine{end}"].cpu_seconds
-        found[f"ratio_to_forward_backward{end}"] = own / ordinary
-        found[f"ratio_a_packed_token{end}"] = own / ordinary * tokens / found["packed_tokens"]
-        found[f"speedup_over_released_recipe{end}"] = watches["recipe"].cpu_seconds / own
-        found[f"tokens_per_cpu_second{end}"] = tokens / own
-        found[f"tokens_per_second{end}"] = tokens / watches[f"engine{end}"].seconds
-    return found | {"cpu_seconds": {name: w.cpu_seconds for name, w in watches.items()}}
+    packed = tokens / found["packed_tokens"]
+    for end in forms(k):
+        own = watches[f"engine{end}"]
+        found |= ratio(f"ratio_to_forward_backward{end}", own, watches["ordinary"], padded / tokens)
+        found[f"ratio_a_packed_token{end}"] = found[f"ratio_to_forward_backward{end}"] * packed
+        found |= ratio(f"speedup_over_released_recipe{end}", watches["recipe"], own)
+        found[f"tokens_per_cpu_second{end}"] = tokens / least(own).cpu_seconds
+        found[f"tokens_per_second{end}"] = tokens / least(own).seconds
+    return found | {"cpu_seconds": {name: least(w).cpu_seconds for name, w in watches.items()}}
 
 
 def dead(policy: Path, rollouts: Path, limit: int | None, budget: int, repeats: int) -> dict[str, float]:
@@ -274,6 +303,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="live prompts to take")
     parser.add_argument("--budget", type=int, default=4096, help="tokens a pass")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--k", type=int, default=PEERS_K, help="numbers a prompt; the peers' by default")
     parser.add_argument(
         "--precision-prompts", type=int, default=360, help="of the embedded world, 40 or more"
     )
@@ -291,7 +321,7 @@ def main() -> None:
             "policy": policy.name if options.policy else "embedded",
             "threads": torch.get_num_threads(),
         }
-        found |= speed(policy, rollouts, options.limit, options.budget, options.repeats)
+        found |= speed(policy, rollouts, options.limit, options.budget, options.repeats, options.k)
         found |= dead(policy, rollouts, options.limit, options.budget, options.repeats)
         found |= memory(policy, rollouts, options.budget)
         found |= precision(options.precision_prompts, options.budget)
