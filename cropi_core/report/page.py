@@ -12,6 +12,8 @@ from cropi_core.analysis import Levels, read_levels
 from cropi_core.artifacts import Store
 from cropi_core.prompts import data_card
 from cropi_core.report import plots, text
+from cropi_core.report.baselines import baselines, compared_role
+from cropi_core.report.changed import changed_sets
 from cropi_core.report.chosen import section
 from cropi_core.report.csv_data import (
     Table,
@@ -112,6 +114,9 @@ def render(store: Store, record: RunRecord) -> str:
         "figures": _learning(curves, trained),
         "rows": _rows(artifacts, curves),
         "details": detail_grid(_details(artifacts)),
+        "changed": changed_sets(artifacts),
+        "baselines": baselines(artifacts),
+        "compared": compared_role(artifacts.config),
         "trained": trained,
         "left_out": len(artifacts.stages()) - len(views),
         "views": views,

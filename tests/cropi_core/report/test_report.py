@@ -22,7 +22,14 @@ from markupsafe import escape
 from typer.testing import CliRunner
 
 from cropi_core.analysis import read_chosen
-from cropi_core.artifacts.layout import METRICS_FILE, PROMPTS_FILE, ROLLOUTS, SCORES_FILE, SELECTION_FILE
+from cropi_core.artifacts.layout import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    PROMPTS_FILE,
+    ROLLOUTS,
+    SCORES_FILE,
+    SELECTION_FILE,
+)
 from cropi_core.artifacts.store import Store
 from cropi_core.cli.app import app
 from cropi_core.config.loading import load_config
@@ -31,11 +38,13 @@ from cropi_core.curriculum.execution import StepResult, publish_import, run_step
 from cropi_core.errors import ArtifactError, ConfigError, StepError
 from cropi_core.formatting import number, percent, points, signed
 from cropi_core.report import text, write_report
+from cropi_core.report.baselines import baselines, progress
 from cropi_core.report.plots import spread
 from cropi_core.report.prompts import examples
 from cropi_core.report.stages import overlap, read_choice, shares
 from cropi_core.runs.artifacts import Artifacts, read_pool
-from cropi_core.runs.records import load_run, run_id, save_run
+from cropi_core.runs.records import load_run, remove_run, run_id, save_run
+from cropi_core.runs.summary import spending, summarise
 from data_schemas.records import Kind, RunRecord
 from data_schemas.steps import StepSpec
 from tests.support.paths import CHECKOUT
@@ -180,6 +189,31 @@ def test_the_table_holds_the_evaluations(page: str, store: Store, finished: RunR
         assert cells[-2] == str(2 * stage)
 
 
+def test_the_prompts_whose_reward_changed_are_counted_and_the_largest_changes_shown(
+    page: str, store: Store, finished: RunRecord
+) -> None:
+    def rewards(stage: int) -> dict[str, list[float]]:
+        path = store.path(finished.slots[f"evaluation@{stage}"].ref.key) / EVALUATION_FILE
+        found: dict[str, list[float]] = {}
+        for row in pq.read_table(path).to_pylist():
+            if row["set"] == "reverse":
+                found.setdefault(row["prompt_id"], []).append(row["reward"])
+        return found
+
+    before, after = rewards(0), rewards(2)
+    changes = {name: np.mean(after[name]) - np.mean(before[name]) for name in before}
+    counts = [sum(c > 0 for c in changes.values()), sum(c < 0 for c in changes.values())]
+    part = page[page.index('<h3 id="changed">') : page.index("<h3>Training</h3>")]
+    row = re.search(r"<th>reverse</th>(.*?)</tr>", part, re.DOTALL)
+    assert row is not None
+    cells = re.findall(r'<td class="r">(\d+)</td>', row[1])
+    assert cells == [str(n) for n in [*counts, len(changes) - sum(counts)]]
+    assert "sort_test (test)" in part
+    best = max(changes, key=lambda name: changes[name])
+    if changes[best] > 0:
+        assert best in part
+
+
 def test_the_first_sentence_is_the_result(page: str, store: Store, finished: RunRecord) -> None:
     start = page.index('<p class="lead">')
     lines = re.sub("<[^b>][^>]*>", "", page[start : page.index("</p>", start)]).split("<br>")
@@ -322,10 +356,19 @@ def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, t
         for row in rows:
             row["reason"] = nasty
 
+    def answered(reward: float) -> Callable[[list[dict[str, Any]]], None]:
+        def change(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                row |= {"text": f"changed {nasty}" + "long " * 2000, "reward": reward}
+
+        return change
+
     slots = dict(finished.slots)
     slots["prompts/pool"] = edited(store, finished, "prompts/pool", PROMPTS_FILE, prompts)
     slots["rollouts/pool@1"] = edited(store, finished, "rollouts/pool@1", ROLLOUTS, completions)
     slots["selection@2"] = edited(store, finished, "selection@2", SELECTION_FILE, reasons)
+    slots["evaluation@0"] = edited(store, finished, "evaluation@0", EVALUATION_FILE, answered(0))
+    slots["evaluation@2"] = edited(store, finished, "evaluation@2", EVALUATION_FILE, answered(1))
     terms = {"reward_terms": {"brief": [0.125, 0.25], "exact": [None, 1.0]}}
     slots["policy@1"] = edited(store, finished, "policy@1", METRICS_FILE, lambda rows: None, **terms)
     run = record_of(store, finished, "hostile", slots=slots, notes=[nasty], error=nasty, status="failed")
@@ -338,6 +381,7 @@ def test_untrusted_text_is_shown_not_obeyed(store: Store, finished: RunRecord, t
     assert "␀␛[31m↵\n⟨U+202E⟩end" in words
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", page)
     assert "Cut: the first 1,200 of" in words
+    assert f"changed {nasty}"[:30] in words
     assert "The reward is a weighted sum" in words
     assert re.search(r"stage 1\s*brief\s*0\.125\s*0\.250", words)
     assert "not gradable" in page
@@ -470,3 +514,40 @@ def test_the_page_and_the_list_of_runs_tell_the_same_cost_by_purpose(page, store
     assert f"{rows['selection']['in_training_steps']:.1f} steps: it has paid for itself" in " ".join(
         words.split()
     )
+
+
+def test_a_run_without_influence_in_the_store_is_a_baseline(store: Store, finished: RunRecord) -> None:
+    def variant(name: str, strategy: str, **changes: Any) -> str:
+        config = json.loads(json.dumps(finished.config))
+        config["selection"]["strategy"] = strategy
+        return record_of(store, finished, name, config=config, **changes)
+
+    own = Artifacts(store, finished)
+    assert baselines(own) == []
+    other_pool = {**finished.slots, "prompts/pool": finished.slots["prompts/sort_test"]}
+    names = [
+        variant("of-random", "random"),
+        variant("of-random-failed", "random", status="failed"),
+        variant("of-another-pool", "random", slots=other_pool),
+        variant("of-influence", "influence"),
+    ]
+    try:
+        (found,) = baselines(own)
+        points = progress(own)
+        page = write_report(store, finished.run).read_text(encoding="utf-8")
+    finally:
+        for name in names:
+            remove_run(store, name)
+    assert (found.run, found.trained_on, found.end) == ("of-random", "a random share of the pool", points[-1])
+    first = next(point for point in points[1:] if point.accuracy >= points[-1].accuracy)
+    assert found.reached == first
+    assert found.ratio == points[-1].cost / first.cost
+    assert [point.steps for point in points] == [0, 2, 4]
+    assert points[0].cost == 0
+    total = sum(
+        one.tokens.forwards
+        for name, one in spending(summarise(finished, store.manifest).slots).items()
+        if name != "evaluation"
+    )
+    assert points[-1].cost == total
+    assert "of-random" in page[page.index('<h3 id="baselines">') : page.index('<h3 id="changed">')]
