@@ -140,7 +140,8 @@ def notes(
         )
     if config.rollouts.samples_by_source or config.evaluation.samples_by_source:
         notes.append(
-            "samples_by_source is not counted: every prompt is predicted with the samples of other sources"
+            "samples_by_source: completions are counted by source; the share of prompts with a gradient is predicted "
+            "as if all sources had the number of the others"
         )
     existing = [work.slot for work in rehearsed.works if work.origin != "computed"]
     if existing:

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,11 @@ def rehearse(config: Config, store: Store, folder: Path) -> Rehearsed:
     record = run_curriculum(stage.linked_pins(), stage.store, stage.execute)
     names = ["pool", *config.data.validation, *config.data.test]
     paths = {n: stage.store.path(record.slots[f"prompts/{n}"].ref) / PROMPTS_FILE for n in names}
-    sizes = {n: int(stage.store.manifest(record.slots[f"prompts/{n}"].ref).summary["prompts"]) for n in names}
+    sources = {n: stage.store.manifest(record.slots[f"prompts/{n}"].ref).summary["by_source"] for n in names}
     works = []
     for slot, entry in record.slots.items():
         work = stage.done.get(slot) or Work(slot, "training" if slot.startswith("policy@") else _step(slot))
-        works.append(counted(work, entry.origin, config, sizes))
+        works.append(counted(work, entry.origin, config, sources))
     policy = stage.store.path(record.slots["policy@0"].ref) / CHECKPOINT
     if not policy.is_dir():
         policy = resolve_checkpoint(config.policy.path, config.policy.revision)
@@ -175,15 +176,28 @@ def waking_count(config: Config, pool: int) -> int:
     return max(1, min(pool, waking.tokens // tokens))
 
 
-def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> Work:
+def mean_samples(samples: int, by_source: Mapping[str, int], sources: Mapping[str, int]) -> float:
+    """Return the mean number of completions of a prompt.
+
+    Args:
+        samples: Completions of a prompt whose source has no number of its own.
+        by_source: Completions by source.
+        sources: Number of prompts by source, 1 or more in all.
+    """
+    total = sum(sources.values())
+    return sum(n * by_source.get(name, samples) for name, n in sources.items()) / total
+
+
+def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mapping[str, int]]) -> Work:
     """Add the counts of a step's work to it.
 
     Args:
         work: The step.
         origin: Whether its artifact exists.
         config: Configuration of the run.
-        sizes: Number of prompts of every set.
+        sources: Number of prompts by source, of every set.
     """
+    sizes = {name: sum(counts.values()) for name, counts in sources.items()}
     slot = Slot.parse(work.slot)
     kind, place = slot.kind, slot.set
     waking = config.rollouts.refresh == "waking"
@@ -200,7 +214,9 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
         of = config.rollouts.validation if place in config.data.validation else config.rollouts.pool
         passes = config.rollouts.passes is not None and (place or "pool") == "pool"
         again = config.rollouts.waking.samples if place == "waking" else None
-        wanted |= {"samples": again or of.samples, "passes": passes, "max_new_tokens": of.max_new_tokens}
+        more = config.rollouts.samples_by_source if (place or "pool") == "pool" else {}
+        mean = mean_samples(of.samples, more, sources["pool"]) if more else of.samples
+        wanted |= {"samples": again or mean, "passes": passes, "max_new_tokens": of.max_new_tokens}
         if work.step == "rollouts" and place == "pool" and wanted["stage"] > 1 and waking:
             wanted["prompts"] = 0  # put together from stored completions and those sampled again
         if place == "halves":  # of completions that exist
@@ -211,8 +227,11 @@ def counted(work: Work, origin: Any, config: Config, sizes: dict[str, int]) -> W
     if kind == "evaluation":
         names = [*config.data.validation, *config.data.test]
         of = config.evaluation.sampling
-        wanted |= {"source": "validation", "prompts": sum(sizes[n] for n in names), "calls": len(names)}
-        wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
+        prompts = sum(sizes[n] for n in names)
+        means = {n: mean_samples(of.samples, config.evaluation.samples_by_source, sources[n]) for n in names}
+        wanted |= {"source": "validation", "prompts": prompts, "calls": len(names)}
+        wanted |= {"samples": sum(sizes[n] * means[n] for n in names) / prompts}
+        wanted |= {"max_new_tokens": of.max_new_tokens}
     if kind == "scores":
         validation = config.data.validation
         nearest = config.scores.target == "nearest"

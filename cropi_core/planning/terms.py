@@ -26,7 +26,7 @@ class Work:
         origin: ``computed``, or for an existing artifact ``cached`` or ``pinned``.
         source: Sample that describes the lengths of its prompts.
         prompts: Prompts read; in training, prompts of one generation batch.
-        samples: Completions per prompt.
+        samples: Completions per prompt; the mean, if sources have different numbers.
         passes: Whether they are sampled in passes, and ``samples`` are the most.
         max_new_tokens: Maximum length of a completion.
         calls: Sets that are sampled one after another.
@@ -44,7 +44,7 @@ class Work:
     origin: Origin = "computed"
     source: Source = "pool"
     prompts: int = 0
-    samples: int = 0
+    samples: float = 0
     passes: bool = False
     max_new_tokens: int = 0
     calls: int = 1

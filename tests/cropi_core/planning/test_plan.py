@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -150,7 +151,7 @@ def test_the_cost_of_scoring_is_its_reads_and_products():
 
 
 def test_a_prompt_is_compared_with_every_validation_prompt_or_with_two_halves():
-    sizes = {"pool": 100, "goal": 12, "far": 3}
+    sources = {"pool": {"sort": 100}, "goal": {"sort": 12}, "far": {"sort": 3}}
     for target, products in (("nearest", 15), ("mean", 4)):
         world = {"kind": "world", "families": {"sort": 1}}
         config = Config.model_validate(
@@ -159,8 +160,27 @@ def test_a_prompt_is_compared_with_every_validation_prompt_or_with_two_halves():
                 "scores": {"target": target},
             }
         )
-        work = counted(Work("scores@2", "scores"), "computed", config, sizes)
+        work = counted(Work("scores@2", "scores"), "computed", config, sources)
         assert (work.products, work.stage) == (products, 2)
+
+
+def test_sources_with_a_number_of_completions_of_their_own_are_counted_with_it():
+    world = {"kind": "world", "families": {"sort": 1}}
+    config = Config.model_validate(
+        {
+            "data": {"pool": world, "validation": {"goal": world}},
+            "rollouts": {"pool": {"samples": 4}, "samples_by_source": {"sort": 16}},
+            "evaluation": {"sampling": {"samples": 2}, "samples_by_source": {"copy": 8}},
+        }
+    )
+    sources = {"pool": {"sort": 10, "copy": 30}, "goal": {"sort": 3, "copy": 1}}
+
+    def samples(slot: str, step: Any) -> float:
+        return counted(Work(slot, step), "computed", config, sources).samples
+
+    assert samples("rollouts/pool@1", "rollouts") == samples("gradients/pool@1", "gradients") == 7
+    assert samples("rollouts/goal@1", "rollouts") == config.rollouts.validation.samples
+    assert samples("evaluation@0", "evaluation") == 3.5
 
 
 def test_disk_is_counted_by_hand():
@@ -223,7 +243,7 @@ def test_tokens_of_known_lengths_are_those_of_the_run(tmp_path):
             rollouts={"pool": {"samples": 4, **one}, "validation": {"samples": 4, **one}},
             selection={"strategy": "random", "ratio": 0.2},
             training={"sampling": {"samples": 4, **one}},
-            evaluation={"sampling": {"samples": 2, **one}},
+            evaluation={"sampling": {"samples": 2, **one}, "samples_by_source": {"reverse": 3}},
         )
     )
     results = [planned(tmp_path / str(c), config, tmp_path / "root", c) for c in (True, False)]
@@ -235,7 +255,7 @@ def test_tokens_of_known_lengths_are_those_of_the_run(tmp_path):
         steps = by_slot(result)
         assert list(steps) == list(record.slots)
         evaluated = store.manifest(record.slots["evaluation@1"].ref).summary["tokens"]
-        assert steps["evaluation@1"]["tokens_generated"] == evaluated == 16
+        assert steps["evaluation@1"]["tokens_generated"] == evaluated == 24
         assert steps["policy@1"]["tokens_generated"] == sum(lengths) * 16 == 48
         assert steps["policy@1"]["tokens_passed"] == 48 * (len("add:123+456=") + 1) + 48 * extra(config)
 
