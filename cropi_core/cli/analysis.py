@@ -8,6 +8,7 @@ Options and output only: :mod:`cropi_core.analysis` reads and compares.
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,13 +68,21 @@ def compare(
     one: Annotated[str, typer.Argument(metavar="RUN_A", help="Id of a run.")],
     other: Annotated[str, typer.Argument(metavar="RUN_B", help="Id of another run.")],
     root: Root = DEFAULT_ROOT,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with learning curves and cost.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs: settings that differ, accuracy with intervals, selections, seconds."""
     from cropi_core.analysis import compare_runs
     from cropi_core.artifacts import Store
 
-    comparison = compare_runs(Store(root), one, other)
+    store = Store(root)
+    comparison = compare_runs(store, one, other)
+    if html is not None:
+        from cropi_core.report import write_comparison
+
+        write_comparison(store, one, other, html)
     if as_json:
         print_json(comparison.as_json())
         return
@@ -104,3 +113,5 @@ def compare(
     )
     for problem in comparison.problems:
         say(f"note: {problem}", err=True)
+    if html is not None:
+        say(f"page {html}")

@@ -5,4 +5,5 @@ from .plots import STYLE as STYLE
 from .plots import short as short
 from .plots import to_svg as to_svg
 from .write import MissingExtraError as MissingExtraError
+from .write import write_comparison as write_comparison
 from .write import write_report as write_report

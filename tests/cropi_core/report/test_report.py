@@ -37,7 +37,7 @@ from cropi_core.curriculum.curriculum import run_curriculum
 from cropi_core.curriculum.execution import StepResult, publish_import, run_step
 from cropi_core.errors import ArtifactError, ConfigError, StepError
 from cropi_core.formatting import number, percent, points, signed
-from cropi_core.report import text, write_report
+from cropi_core.report import text, write_comparison, write_report
 from cropi_core.report.baselines import baselines, progress
 from cropi_core.report.plots import spread
 from cropi_core.report.prompts import examples
@@ -551,3 +551,33 @@ def test_a_run_without_influence_in_the_store_is_a_baseline(store: Store, finish
     )
     assert points[-1].cost == total
     assert "of-random" in page[page.index('<h3 id="baselines">') : page.index('<h3 id="changed">')]
+
+
+def test_two_runs_are_compared_on_a_page(store: Store, finished: RunRecord, tmp_path: Path) -> None:
+    config = json.loads(json.dumps(finished.config))
+    config["seed"] = 7
+    config["policy"]["path"] = HOSTILE[0]
+    other = record_of(store, finished, "another", config=config, status="failed", error=HOSTILE[1])
+    out = tmp_path / "compare.html"
+    arguments = ["compare", finished.run, other, "--root", str(store.root), "--html", str(out)]
+    try:
+        told = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        with pytest.raises(ArtifactError, match="nosuch"):
+            write_comparison(store, finished.run, "nosuch", tmp_path / "none.html")
+    finally:
+        remove_run(store, other)
+    assert told.exit_code == 0
+    assert f"page {out}" in told.stdout
+    page = out.read_text(encoding="utf-8")
+    assert_harmless(page)
+    words = "".join(Elements(page).words)
+    for expected in (
+        "seed",
+        HOSTILE[0],
+        "sort_test (test)",
+        "rank correlation of the scores",
+        "Cost by purpose",
+    ):
+        assert expected in words
+    assert page.count("<figure>") == 3  # the sets of both
+    assert not (tmp_path / "none.html").exists()
