@@ -74,6 +74,7 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study between_stages --root /data/study --write docs/background/evidence/between-stages.md": "an hour",
     "cropi study validation --root /data/study --write docs/background/evidence/validation-size.md": "half an hour",
     "cropi study remedies --root /data/study": "hours",
+    "cropi study climb --root /data/climb --arm once --arm cropi": "hours",
     **dict.fromkeys(
         [
             "cropi runs log RUN --tracker mlflow",
@@ -123,6 +124,10 @@ ELSEWHERE = {  # what cannot be run here, and who does
             "python -m tests.campaigns.malformed --count 20000 --root /data/malformed",
             "python -m tests.campaigns.kills --kills 200 --root /data/kills",
             "python -m tests.campaigns.faults --count 40 --root /data/faults",
+            "python -m tests.campaigns.verifiers --count 330 --root /data/verifiers",
+            "python -m tests.campaigns.servers --count 300 --root /data/servers",
+            "python -m tests.campaigns.load --count 50 --kill --root /data/load",
+            "python -m tests.campaigns.pool --count 1000000 --root /data/pool",
         ],
         "an hour each; tests/campaigns/test_campaigns.py runs the first cases",
     ),
