@@ -10,10 +10,6 @@ from cropi_core.runs import load_run, run_id
 from data_schemas import Config, RunRecord, StepSpec
 
 
-class _IncompleteError(Exception):
-    """An artifact of the run is missing or damaged."""
-
-
 def repeat_finished(
     config: Config, store: Store, shown: Callable[[str, StepResult], None]
 ) -> RunRecord | None:
@@ -34,7 +30,7 @@ def repeat_finished(
 
     def find(spec: StepSpec) -> StepResult:
         if not store.is_complete(spec.key):
-            raise _IncompleteError(spec.slot)
+            raise ArtifactError(f"{spec.slot}: {spec.key} is missing or damaged, and is computed again")
         result = StepResult(store.manifest(spec.key).ref, cached=True, seconds=0.0)
         shown(spec.slot, result)
         return result
@@ -43,5 +39,5 @@ def repeat_finished(
         if load_run(store, run_id(config)).status != "done":
             return None
         return run_curriculum(config, store, find)
-    except (_IncompleteError, ArtifactError):
+    except ArtifactError:
         return None

@@ -8,7 +8,7 @@ itself where the run is as accurate at a lower cost.
 from dataclasses import dataclass
 
 from cropi_core.errors import ArtifactError
-from cropi_core.runs import Artifacts, accuracies, list_runs, load_run, slot_summaries
+from cropi_core.runs import Artifacts, accuracies, list_runs, load_run
 from data_schemas import Config, RunRecord
 
 STRATEGIES = {"random": "a random share of the pool", "full": "the whole pool"}
@@ -72,11 +72,9 @@ def baselines(artifacts: Artifacts) -> list[Baseline]:
 
 def progress(artifacts: Artifacts) -> list[Progress]:
     """List the evaluated stages of a run, the base policy first."""
-    record = artifacts.record
-    manifests = {slot: m for slot in record.slots if (m := artifacts.manifest(slot)) is not None}
     role, tests = compared_role(artifacts.config), artifacts.config.data.test
     points, paid, steps, cost = [], set[str](), 0, 0
-    slots = slot_summaries(record, manifests)
+    slots = artifacts.slots()
     for stage in range(artifacts.config.stages + 1):
         for slot in slots:
             if slot.slot.endswith(f"@{stage}") and slot.step != "evaluation" and slot.key not in paid:

@@ -5,15 +5,12 @@ report shows.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as ds
 
-from cropi_core.artifacts import EVALUATION_FILE, PROMPTS_FILE
-from cropi_core.report.prompts import Completion
+from cropi_core.artifacts import EVALUATION_FILE
+from cropi_core.report.prompts import Completion, prompt_texts, shown_rows
 from cropi_core.runs import Artifacts
 
 SHOWN_PROMPTS = 3
@@ -95,7 +92,7 @@ def _changed_set(
     order = np.argsort(-changes, kind="stable")
     up = [ids[i] for i in order[:SHOWN_PROMPTS] if changes[i] > 0]
     down = [ids[i] for i in order[::-1][:SHOWN_PROMPTS] if changes[i] < 0]
-    prompts = _prompts(artifacts, name, up + down)
+    prompts = prompt_texts(artifacts, name, up + down)
     completions = {m: _completions(artifacts, m, name, up + down) for m in (0, stage)}
 
     def shown(prompt: str) -> ChangedPrompt:
@@ -120,38 +117,18 @@ def _changed_set(
     )
 
 
-def _prompts(artifacts: Artifacts, name: str, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """Read messages and answers of the given prompts of a set."""
-    slot = f"prompts/{name}"
-    path = artifacts.path(slot, PROMPTS_FILE)
-    rows = _rows(
-        artifacts, slot, path, ["prompt_id", "messages", "answer"], ds.field("prompt_id").isin(wanted)
-    )
-    return {row["prompt_id"]: row for row in rows}
-
-
 def _completions(
     artifacts: Artifacts, stage: int, name: str, wanted: list[str]
 ) -> dict[str, list[Completion]]:
     """Read the first completions of the given prompts in an evaluation."""
     slot = f"evaluation@{stage}"
     path = artifacts.path(slot, EVALUATION_FILE)
+    if path is None:
+        return {}
     few = (ds.field("set") == name) & (ds.field("sample") < SHOWN_COMPLETIONS)
-    columns = ["prompt_id", "sample", "text", "reward", "tokens", "finish_reason"]
+    columns = {n: ds.field(n) for n in ("prompt_id", "sample", "text", "reward", "tokens", "finish_reason")}
     found: dict[str, list[Completion]] = {}
-    for row in _rows(artifacts, slot, path, columns, few & ds.field("prompt_id").isin(wanted)):
+    for row in shown_rows(artifacts, slot, [path], columns, few & ds.field("prompt_id").isin(wanted)):
         one = Completion(row["text"], row["reward"], row["tokens"], row["finish_reason"])
         found.setdefault(row["prompt_id"], []).append(one)
     return found
-
-
-def _rows(
-    artifacts: Artifacts, slot: str, path: Path | None, columns: list[str], wanted: Any
-) -> list[dict[str, Any]]:
-    """Read the rows that an expression selects; other rows are filtered while the file is scanned."""
-    if path is None:
-        return []
-    with artifacts.recorded_problems(slot, "completions cannot be shown"):
-        table: pa.Table = ds.dataset(str(path), format="parquet").to_table(columns=columns, filter=wanted)
-        return table.to_pylist()
-    return []

@@ -9,7 +9,7 @@ from cropi_core.artifacts import Store
 from cropi_core.report import plots
 from cropi_core.report.data import Curve, accuracy_curves
 from cropi_core.report.page import environment
-from cropi_core.runs import Artifacts, cost_grid, load_run, slot_summaries
+from cropi_core.runs import Artifacts, cost_grid, load_run
 
 MOST_SETS = 8
 
@@ -26,7 +26,7 @@ def render_comparison(store: Store, one: str, other: str) -> str:
         "comparison": comparison,
         "records": [artifacts.record for artifacts in runs],
         "figures": _figures([accuracy_curves(artifacts) for artifacts in runs], (one, other)),
-        "costs": [_cost(artifacts) for artifacts in runs],
+        "costs": [cost_grid(artifacts.slots()) for artifacts in runs],
     }
     return environment().get_template("compare.html.jinja").render(context)
 
@@ -49,9 +49,3 @@ def _figures(curves: list[list[Curve]], names: tuple[str, str]) -> list[tuple[st
         svg = plots.learning(lines, limits, f"compared-{number}", numbers)
         figures.append((f"{pair[0].name} ({pair[0].role})", Markup(svg)))  # noqa: S704 - matplotlib escapes its text
     return figures
-
-
-def _cost(artifacts: Artifacts) -> tuple[list[str], list[list[str]]]:
-    record = artifacts.record
-    manifests = {slot: m for slot in record.slots if (m := artifacts.manifest(slot)) is not None}
-    return cost_grid(slot_summaries(record, manifests))

@@ -56,7 +56,6 @@ from cropi_core.runs import (
     details,
     read_pool,
     selection_in_steps,
-    slot_summaries,
 )
 from data_schemas import Config, RunRecord
 
@@ -139,9 +138,7 @@ def render(store: Store, record: RunRecord) -> str:
 
 def _cost(artifacts: Artifacts) -> dict[str, Any]:
     """Sum tokens and seconds by purpose, and express the selection's cost in training steps."""
-    record = artifacts.record
-    manifests = {slot: m for slot in record.slots if (m := artifacts.manifest(slot)) is not None}
-    slots = slot_summaries(record, manifests)
+    slots = artifacts.slots()
     header, rows = cost_grid(slots)
     return {"header": header, "rows": rows, "steps": selection_in_steps(slots)}
 

@@ -56,7 +56,7 @@ def examples(
     scored = scored[np.argsort(choice.rank[scored], kind="stable")]
     best, worst = scored[:count], scored[count:][-count:]
     wanted = [pool.ids[i] for i in (*best, *worst)]
-    texts = _texts(artifacts, wanted)
+    texts = prompt_texts(artifacts, "pool", wanted)
     completions_by_prompt = _completions(artifacts, choice.stage, wanted)
 
     def example(i: int) -> Example:
@@ -82,13 +82,15 @@ def examples(
     return [example(int(i)) for i in best], [example(int(i)) for i in worst]
 
 
-def _texts(artifacts: Artifacts, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """Read messages and answers of the given prompts."""
-    path = artifacts.path("prompts/pool", PROMPTS_FILE)
+def prompt_texts(artifacts: Artifacts, name: str, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """Read messages and answers of the given prompts of a set, by id."""
+    slot = f"prompts/{name}"
+    path = artifacts.path(slot, PROMPTS_FILE)
     if path is None or not wanted:
         return {}
     columns = {name: ds.field(name) for name in ("prompt_id", "messages", "answer")}
-    return {row["prompt_id"]: row for row in _rows(artifacts, "prompts/pool", [path], columns, wanted)}
+    rows = shown_rows(artifacts, slot, [path], columns, ds.field("prompt_id").isin(wanted))
+    return {row["prompt_id"]: row for row in rows}
 
 
 def _completions(artifacts: Artifacts, stage: int, wanted: list[str]) -> dict[str, list[Completion]]:
@@ -99,7 +101,8 @@ def _completions(artifacts: Artifacts, stage: int, wanted: list[str]) -> dict[st
         return {}
     columns = {n: ds.field(n) for n in ("prompt_id", "sample", "text", "reward", "finish_reason")}
     columns["tokens"] = pc.list_value_length(ds.field("completion_ids"))
-    rows = _rows(artifacts, slot or "", sorted(path.glob("part-*.parquet")), columns, wanted)
+    parts, chosen = sorted(path.glob("part-*.parquet")), ds.field("prompt_id").isin(wanted)
+    rows = shown_rows(artifacts, slot or "", parts, columns, chosen)
     completions_by_prompt: dict[str, list[Completion]] = {}
     for row in sorted(rows, key=lambda r: (r["prompt_id"], r["sample"])):
         completion = Completion(row["text"], row["reward"], row["tokens"], row["finish_reason"])
@@ -107,15 +110,15 @@ def _completions(artifacts: Artifacts, stage: int, wanted: list[str]) -> dict[st
     return completions_by_prompt
 
 
-def _rows(
-    artifacts: Artifacts, slot: str, files: list[Path], columns: dict[str, Any], wanted: list[str]
+def shown_rows(
+    artifacts: Artifacts, slot: str, files: list[Path], columns: dict[str, Any], wanted: ds.Expression
 ) -> list[dict[str, Any]]:
-    """Read the rows of the given prompts.
+    """Read the rows that an expression selects.
 
     They are filtered while the files are scanned, and token ids are only counted, so that a pool's completions are
     never all in memory.
     """
     with artifacts.recorded_problems(slot, "prompts cannot be shown"):
         dataset = ds.dataset([str(file) for file in files], format="parquet")
-        return dataset.to_table(columns=columns, filter=ds.field("prompt_id").isin(wanted)).to_pylist()
+        return dataset.to_table(columns=columns, filter=wanted).to_pylist()
     return []

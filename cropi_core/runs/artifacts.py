@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cropi_core.artifacts import PROMPTS_FILE, Store, read_open_table, size_below
 from cropi_core.errors import ArtifactError, in_one_line, recorded_errors
+from cropi_core.runs.summary import SlotSummary, slot_summaries
 from data_schemas import Config, Manifest, RunRecord
 
 
@@ -46,6 +47,11 @@ class Artifacts:
                 self._manifests[slot] = None
                 self.problem(slot, error)
         return self._manifests[slot]
+
+    def slots(self) -> list[SlotSummary]:
+        """Summarise the artifacts whose manifests can be read, in the order in which the run used them."""
+        manifests = {slot: m for slot in self.record.slots if (m := self.manifest(slot)) is not None}
+        return slot_summaries(self.record, manifests)
 
     def summary(self, slot: str) -> dict[str, Any]:
         """Return a manifest's summary, empty if there is no manifest."""

@@ -271,12 +271,12 @@ def run_flow(
         DeclinedError: A selection was declined.
     """
     from flows.command.display import watcher
-    from flows.serving import DATABASE, home_without_server, start_server
+    from flows.serving import has_database, home_without_server, start_server
 
     view = watcher(quiet=quiet)
     home = home_without_server(store, view.note)
     # Prefect's database shows the finished run already; a server started for nothing would take most of the call.
-    if home is not None and (home / DATABASE).exists() and not (refresh or approve):
+    if home is not None and has_database(home) and not (refresh or approve):
         from cropi_core.curriculum import repeat_finished
         from cropi_core.runs import summarise
         from flows.command.summary import as_json

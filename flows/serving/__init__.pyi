@@ -6,7 +6,7 @@ from .environment import check_api as check_api
 from .environment import prepare as prepare
 from .environment import quiet_console as quiet_console
 from .environment import read_served as read_served
-from .reach import DATABASE as DATABASE
+from .ownership import has_database as has_database
 from .reach import home_without_server as home_without_server
 from .reach import reach_server as reach_server
 from .reach import start_server as start_server

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.serving.environment import Served, check_api, prepare, read_served
+from flows.serving.ownership import has_database
 
 if TYPE_CHECKING:
     from cropi_core.artifacts import Store
     from flows.serving.server import LocalServer
-
-DATABASE = "prefect.db"
-"""File of Prefect's database in its home."""
 
 
 def home_without_server(store: "Store", note: Callable[[str], None]) -> Path | None:
@@ -49,7 +47,7 @@ def start_server(home: Path, stack: ExitStack, note: Callable[[str], None]) -> "
     """
     from flows.serving.server import local_server
 
-    if not (home / DATABASE).exists():
+    if not has_database(home):
         note(f"making Prefect's database under {home}, once")
     server = stack.enter_context(local_server(home))
     Served(server.url, server.password).enter()

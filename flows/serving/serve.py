@@ -29,8 +29,8 @@ from flows.serving.environment import (
     take_home,
     write_served,
 )
+from flows.serving.ownership import has_database
 from flows.serving.protection import entrance_link
-from flows.serving.reach import DATABASE
 from flows.serving.server import LocalServer, answers, local_server
 
 DEPLOYMENT = LOCAL
@@ -71,7 +71,7 @@ def serve_flows(root: str, port: int) -> None:
     prepare(store.root)
     # The operator, not the run, decides which code a run through the server may execute (docs/guides/security.md).
     os.environ.setdefault(ALLOWED, "")
-    if not (home / DATABASE).exists():
+    if not has_database(home):
         print(f"making Prefect's database under {home}, once", flush=True)
     with local_server(home, port, store.url) as server:
         server.wait()

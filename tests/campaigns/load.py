@@ -24,7 +24,16 @@ from typing import Any
 
 from cropi_core.artifacts.store import Store
 from cropi_core.runs.records import list_runs, load_run
-from tests.support.commands import PREFECT, Desk, answer, descendants, free_port, person, tiny_config
+from tests.support.commands import (
+    PREFECT,
+    Desk,
+    answer,
+    descendants,
+    free_port,
+    person,
+    tiny_config,
+    wait_for_server,
+)
 from tests.support.paths import CHECKOUT
 
 ENDED = {"Completed", "Failed", "Crashed", "Cancelled"}
@@ -50,15 +59,7 @@ def served(root: Path) -> tuple[subprocess.Popen[bytes], Desk]:
     command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 300
-    while True:
-        assert server.poll() is None, (home / "server.log").read_text()
-        assert time.monotonic() < deadline, (home / "server.log").read_text()
-        try:
-            answer(f"{url}/health")
-            break
-        except OSError:
-            time.sleep(0.5)
+    wait_for_server(server, url, home / "server.log", 300)
     desk = Desk(environment, url, root / "root")
     desk.run("work-pool", "create", "cropi", "--type", "process")
     desk.run("--no-prompt", "deploy", "--all")

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.serving.ownership import record_home
 from tests.support import processes
-from tests.support.commands import PREFECT, Desk, answer, free_port, tiny_config
+from tests.support.commands import PREFECT, Desk, free_port, tiny_config, wait_for_server
 from tests.support.decoys import decoys, imported
 
 
@@ -97,15 +96,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     with (home / "server.log").open("w") as log:
         server = processes.start(command, env=environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 500
-        while True:
-            assert server.poll() is None, (home / "server.log").read_text()
-            assert time.monotonic() < deadline, (home / "server.log").read_text()
-            try:
-                answer(f"{url}/health")
-                break
-            except OSError:
-                time.sleep(0.3)
+        wait_for_server(server, url, home / "server.log", 500)
         root = tmp_path_factory.mktemp("artifacts") / "root"
         desk = Desk(environment | {"CROPI_ROOT": str(root)}, url, root)
         # Prefect imports flows from a pool's working directory first; the deployments must not use it.

@@ -55,6 +55,19 @@ def person(**settings: str) -> dict[str, str]:
     return kept | {"HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"} | settings
 
 
+def wait_for_server(server: subprocess.Popen, url: str, log: Path, seconds: float) -> None:
+    """Wait until a Prefect server answers; its end, or no answer in time, is an error that shows its log."""
+    deadline = time.monotonic() + seconds
+    while True:
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            answer(f"{url}/health")
+            return
+        except OSError:
+            time.sleep(0.3)
+
+
 MARK = "CROPI_TEST_ROOT"
 """Variable with the root of a command under test. Warm processes keep it, and none of Prefect's variables."""
 

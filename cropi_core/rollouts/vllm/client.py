@@ -141,7 +141,7 @@ async def send(
     The client's time limit of a read holds for the whole answer: a server that sends a byte now and then hangs as well.
 
     Raises:
-        TransientError: There is no whole answer in time.
+        TransientError: The answer is not complete in time.
         UnusableServerError: The answer is longer.
     """
     method = "GET" if body is None else "POST"

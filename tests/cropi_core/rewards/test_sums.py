@@ -1,4 +1,4 @@
-"""Weighted sums of verifiers: the sum is the reward, each term is kept, and a term without a value is no zero."""
+"""Weighted sums of verifiers: the sum is the reward, each term is kept, and a missing term does not count as zero."""
 
 import json
 import re
