@@ -150,6 +150,12 @@ def training_stage(training: Training) -> list[str]:
         faults.append(
             f"training.end.min_steps={training.end.min_steps} exceeds training.steps={training.steps}"
         )
+    first = training.draw.first_samples
+    if first is not None and first >= training.sampling.samples:
+        faults.append(
+            f"training.draw.first_samples={first} leaves no completion of the {training.sampling.samples} of a group "
+            "(training.sampling.samples); set a smaller number or drop it"
+        )
     return faults + _adapter(training) + _draw(training.draw) + _command(training)
 
 
@@ -182,6 +188,10 @@ def _draw(draw: Draw) -> list[str]:
         "thompson": {"drift", "influence"},
     }[draw.method]
     plain = Draw()
+    if draw.oversampling > 1:
+        read |= {"first_samples"}
+    elif draw.first_samples is not None:
+        return ["training.draw.first_samples has no effect without training.draw.oversampling above 1; set it too"]
     return [
         f"training.draw.{name}={getattr(draw, name)} has no effect with training.draw.method={draw.method}; set "
         "another method or drop it"

@@ -50,6 +50,13 @@ class Draw(Section):
         description="Most groups sampled for one that is trained on: groups with one reward are replaced by others "
         "until the batch is full or the limit is reached (DAPO). 1 replaces none.",
     )
+    first_samples: Annotated[int | None, LATER] = Field(
+        default=None,
+        ge=2,
+        le=512,
+        description="With `oversampling`: completions sampled first of every group. A group whose first rewards are equal "
+        "is replaced without its other completions. null: all completions come first.",
+    )
     drift: Annotated[float, ADVANCED] = Field(
         default=0.1,
         ge=0,

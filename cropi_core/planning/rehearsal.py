@@ -243,6 +243,8 @@ def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mappi
         wanted |= {"prompts": training.prompts_per_step, "steps": training.steps}
         wanted |= {"samples": of.samples, "max_new_tokens": of.max_new_tokens}
         wanted["batches"] = -(-training.steps // training.iterations)
-        # The most that may be sampled.
-        wanted["batches"] = math.ceil(wanted["batches"] * training.draw.oversampling)
+        # The most that may be sampled: all groups in full, or their first completions and the rest of one batch.
+        first = training.draw.first_samples or of.samples
+        most = (training.draw.oversampling - 1) * first / of.samples + 1
+        wanted["batches"] = math.ceil(wanted["batches"] * most)
     return Work(**{**vars(work), **wanted})

@@ -100,6 +100,11 @@ class Draws:
         """Number of generation batches of the stage."""
         return -(-self.training.steps // self.training.iterations)
 
+    @property
+    def deciding_samples(self) -> int:
+        """Number of completions that decide whether a group is trained on or replaced."""
+        return self.training.draw.first_samples or self.training.sampling.samples
+
     def batch(self, number: int) -> list[int]:
         """Return the positions of a batch's prompts in ``rows``, no prompt twice."""
         if self.training.draw.method == "uniform":
@@ -130,7 +135,7 @@ class Draws:
     def _preferred(self, number: int) -> list[int]:
         """Order all positions of ``rows`` by the draw of a batch, as the belief is before it."""
         assert self.belief is not None
-        draw, samples = self.training.draw, self.training.sampling.samples
+        draw, samples = self.training.draw, self.deciding_samples
         cells = self.belief.cells[self._selected]
         random = np.random.Generator(np.random.PCG64(key64("draw", self.seed, number) % 2**64))
         uniforms = random.random(len(self.rows))
@@ -160,7 +165,7 @@ class Draws:
             )
         places = np.array([self._place[group.prompt_id] for group in groups])
         cells, before = self.belief.cells.copy(), self.belief.cells[places]
-        self.expected.append(mixed_chance(before, self.training.sampling.samples).tolist())
+        self.expected.append(mixed_chance(before, self.deciding_samples).tolist())
         passed, graded = (
             np.array([getattr(g, name) for g in groups], float) for name in ("passed", "graded")
         )

@@ -24,7 +24,7 @@ from cropi_core.rollouts import Completion, sample_completions
 from cropi_core.training.draws import STATE, Draws, Group, group_of
 from cropi_core.training.metrics import TERM, TrainingError, check_finite, used_up
 from cropi_core.training.ranks import ALONE, Processes
-from data_schemas import Training
+from data_schemas import Sampling, Training
 
 try:
     from datasets import Dataset
@@ -110,7 +110,7 @@ class Stage:
             groups, self.dropped = self._mixed_groups(trainer)
         else:
             rows = [self.draws.rows[i] for i in self.draws.batch(number)]
-            groups, self.dropped = self._complete(self.processes.share(rows), trainer), []
+            groups, self.dropped = self._complete(self.processes.share(rows), trainer, samples), []
         return {
             "prompt_ids": [list(group.prompt) for group in groups for _ in range(samples)],
             "completion_ids": [ids for group in groups for ids in group.completions],
@@ -121,7 +121,9 @@ class Stage:
     def _mixed_groups(self, trainer: GRPOTrainer) -> tuple[list[Sampled], list[Group]]:
         """Sample until the batch has groups with more than one reward only, or the limit is reached.
 
-        All processes take part in every round, each with as many prompts as the one that lacks most.
+        All processes take part in every round, each with as many prompts as the one that lacks most. With
+        ``draw.first_samples``, the rounds sample so many completions, and the groups that are trained on are
+        completed after them.
 
         References:
             DAPO, arXiv 2503.14476, dynamic sampling. Here a round samples as many groups as are missing.
@@ -135,16 +137,26 @@ class Stage:
             positions_taken |= set(positions)
             if not (rank_positions := self.processes.share(positions)):
                 break
-            for sampled in self._complete([self.draws.rows[i] for i in rank_positions], trainer):
+            rows = [self.draws.rows[i] for i in rank_positions]
+            for sampled in self._complete(rows, trainer, self.draws.deciding_samples):
                 texts = self.tokenizer.batch_decode(sampled.completions, skip_special_tokens=True)
                 group = self._graded(sampled.row, texts, sampled.completions, trained=False)
                 (mixed if group.mixed else others).append((sampled, group))
         kept = mixed + others
-        return [sampled for sampled, _ in kept[:size]], [group for _, group in kept[size:]]
+        groups, dropped = [sampled for sampled, _ in kept[:size]], [group for _, group in kept[size:]]
+        decided, samples = self.draws.deciding_samples, self.training.sampling.samples
+        if decided == samples:
+            return groups, dropped
+        rest = self._complete([group.row for group in groups], trainer, samples - decided, start=decided)
+        return [
+            Sampled(a.row, a.prompt, a.completions + b.completions, a.logprobs + b.logprobs)
+            for a, b in zip(groups, rest, strict=True)
+        ], dropped
 
-    def _complete(self, rows: Sequence[dict[str, Any]], trainer: GRPOTrainer) -> list[Sampled]:
-        """Sample a group of completions of every row."""
-        samples = self.training.sampling.samples
+    def _complete(
+        self, rows: Sequence[dict[str, Any]], trainer: GRPOTrainer, samples: int, start: int = 0
+    ) -> list[Sampled]:
+        """Sample ``samples`` completions of every row, the first of them number ``start`` of its group."""
         ids = [(row["prompt_id"], self.prompt_tokens(row)) for row in rows]
         if self.training.engine == "vllm":
             repeated = [list(tokens) for _, tokens in ids for _ in range(samples)]
@@ -155,14 +167,15 @@ class Stage:
             cut = [slice(i * samples, (i + 1) * samples) for i in range(len(rows))]
             groups = [(flat[part], plain[part]) for part in cut]
         else:
-            drawn = self._sample(ids, trainer, self.number)
+            sampling = self.training.sampling.model_copy(update={"samples": samples})
+            drawn = self._sample(ids, trainer, sampling, start)
             groups = [([c.ids for c in group], [c.logprobs for c in group]) for group in drawn]
         return [
             Sampled(row, tokens, *group) for row, (_, tokens), group in zip(rows, ids, groups, strict=True)
         ]
 
     def _sample(
-        self, ids: list[tuple[str, list[int]]], trainer: GRPOTrainer, number: int
+        self, ids: list[tuple[str, list[int]]], trainer: GRPOTrainer, sampling: Sampling, start: int
     ) -> list[list[Completion]]:
         """Sample from the policy in training; gather its weights first if they are sharded."""
         step = trainer.state.global_step
@@ -181,9 +194,10 @@ class Stage:
                     model,
                     self.tokenizer,
                     ids,
-                    self.training.sampling,
-                    seed=key64("training", self.seed, number),
+                    sampling,
+                    seed=key64("training", self.seed, self.number),
                     rows=self.generation_rows,
+                    start=start,
                 )
             except (RuntimeError, IndexError) as error:
                 if is_out_of_memory(error) or _finite_logits(model, ids[0][1]):

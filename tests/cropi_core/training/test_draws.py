@@ -23,19 +23,25 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-DRAWS = [("belief", 1.0), ("thompson", 2.0), ("uniform", 3.0)]
-"""Method and oversampling."""
+DRAWS = [("belief", 1.0, None), ("thompson", 2.0, None), ("uniform", 3.0, None), ("belief", 3.0, 3)]
+"""Method, oversampling, and completions that are sampled first."""
 
 
-def drawn(method: str, oversampling: float = 1.0, **changes: Any) -> Training:
-    draw = Draw.model_validate({"method": method, "oversampling": oversampling})
+def drawn(
+    method: str, oversampling: float = 1.0, first_samples: int | None = None, **changes: Any
+) -> Training:
+    draw = Draw.model_validate(
+        {"method": method, "oversampling": oversampling, "first_samples": first_samples}
+    )
     return SMALL.model_copy(update={"draw": draw, "prompts_per_step": 3, **changes})
 
 
-@pytest.mark.parametrize(("method", "oversampling"), DRAWS)
-def test_a_stopped_stage_draws_what_an_uninterrupted_one_draws(workspace: Path, method, oversampling):
-    settings = drawn(method, oversampling)
-    if method == "belief":
+@pytest.mark.parametrize(("method", "oversampling", "first_samples"), DRAWS)
+def test_a_stopped_stage_draws_what_an_uninterrupted_one_draws(
+    workspace: Path, method, oversampling, first_samples
+):
+    settings = drawn(method, oversampling, first_samples)
+    if method == "belief" and not first_samples:
         settings = drawn(method, oversampling, iterations=2, steps=8)
     summary, target = run(workspace, "whole", training=settings)
 
@@ -54,11 +60,11 @@ def test_a_stopped_stage_draws_what_an_uninterrupted_one_draws(workspace: Path, 
     }
 
 
-@pytest.mark.parametrize(("method", "oversampling"), DRAWS)
+@pytest.mark.parametrize(("method", "oversampling", "first_samples"), DRAWS)
 def test_the_groups_of_a_stage_are_those_that_were_sampled_and_trained_on(
-    workspace: Path, method, oversampling
+    workspace: Path, method, oversampling, first_samples
 ):
-    summary, target = run(workspace, training=drawn(method, oversampling))
+    summary, target = run(workspace, training=drawn(method, oversampling, first_samples))
     groups = pq.read_table(target / "groups.parquet")
     assert groups.schema.equals(GROUPS)
     rows = groups.to_pylist()
@@ -74,6 +80,7 @@ def test_the_groups_of_a_stage_are_those_that_were_sampled_and_trained_on(
     assert (summary["groups_dropped"] > 0) == (oversampling > 1)
     assert not any(row["mixed"] for row in rows if not row["trained"])
     assert all(len([row for row in rows if row["batch"] == n]) <= 3 * oversampling for n in range(6))
+    assert all(row["graded"] == (8 if row["trained"] else first_samples or 8) for row in rows)
     lengths = sum(row["completion_length"] for row in rows_of(target)) * 24
     assert summary["tokens_generated"] == round(lengths) + summary["tokens_dropped"]
 
