@@ -191,7 +191,9 @@ def _draw(draw: Draw) -> list[str]:
     if draw.oversampling > 1:
         read |= {"first_samples"}
     elif draw.first_samples is not None:
-        return ["training.draw.first_samples has no effect without training.draw.oversampling above 1; set it too"]
+        return [
+            "training.draw.first_samples has no effect without training.draw.oversampling above 1; set it too"
+        ]
     return [
         f"training.draw.{name}={getattr(draw, name)} has no effect with training.draw.method={draw.method}; set "
         "another method or drop it"

@@ -54,8 +54,8 @@ class Draw(Section):
         default=None,
         ge=2,
         le=512,
-        description="With `oversampling`: completions sampled first of every group. A group whose first rewards are equal "
-        "is replaced without its other completions. null: all completions come first.",
+        description="With `oversampling`: completions sampled first of every group. A group whose first rewards are "
+        "equal is replaced without its other completions. null: all completions come first.",
     )
     drift: Annotated[float, ADVANCED] = Field(
         default=0.1,

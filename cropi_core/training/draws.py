@@ -125,8 +125,8 @@ class Draws:
         if self.training.draw.method != "uniform":
             return [i for i in self._preferred(number) if i not in seen][:count]
         in_turn, taken = [i for batch in self._order for i in batch], []
-        while len(taken) < count and self._cursor < len(in_turn):
-            position = in_turn[self._cursor]
+        while len(taken) < count:
+            position = in_turn[self._cursor % len(in_turn)]
             self._cursor += 1
             if position not in seen and position not in taken:
                 taken.append(position)

@@ -77,6 +77,8 @@ CONTRADICTIONS = {
     "min_gradable": {"rollouts": {"pool": {"samples": 2}}, "objective": {"min_gradable": 3}},
     "training.beta": {"training": {"reference": "base"}},
     "draw.drift": {"training": {"draw": {"drift": 0.2}}},
+    "without training.draw.oversampling": {"training": {"draw": {"first_samples": 4}}},
+    "leaves no completion": {"training": {"draw": {"oversampling": 2, "first_samples": 8}}},
     "end.min_steps": {"training": {"steps": 3, "end": {"mixed_below": 0.5}}},
     "draw.sharpness": {"training": {"draw": {"method": "thompson", "sharpness": 2.0}}},
     "warmup_steps": {"training": {"steps": 3, "warmup_steps": 4}},

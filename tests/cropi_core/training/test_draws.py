@@ -12,6 +12,7 @@ pytest.importorskip("trl", reason="training needs the extra `train`")
 from cropi_core.errors import DataError
 from cropi_core.progress import Progress
 from cropi_core.training import stage
+from cropi_core.training.draws import Draws
 from data_schemas import GROUPS, Draw, StageEnd, Training
 from tests.support.training import SMALL, digest, rows_of, run, write_policy, write_tables
 
@@ -83,6 +84,18 @@ def test_the_groups_of_a_stage_are_those_that_were_sampled_and_trained_on(
     assert all(row["graded"] == (8 if row["trained"] else first_samples or 8) for row in rows)
     lengths = sum(row["completion_length"] for row in rows_of(target)) * 24
     assert summary["tokens_generated"] == round(lengths) + summary["tokens_dropped"]
+
+
+def test_a_draw_in_turn_has_as_many_prompts_in_the_last_batch_as_in_the_first():
+    training = drawn("uniform", 3.0, steps=20, prompts_per_step=16)
+    draws = Draws([{"prompt_id": f"p{i}"} for i in range(60)], training, seed=0)
+    for number in range(20):
+        taken: set[int] = set()
+        while more := draws.more(number, taken, 16):
+            assert len(more) == 16
+            assert not taken & set(more)
+            taken |= set(more)
+        assert len(taken) == 48
 
 
 def test_a_stage_begins_with_what_rollouts_and_the_stage_before_say(workspace: Path):
