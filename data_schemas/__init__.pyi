@@ -34,6 +34,7 @@ from .records import FileEntry as FileEntry
 from .records import Finding as Finding
 from .records import Kind as Kind
 from .records import Manifest as Manifest
+from .records import Record as Record
 from .records import RunRecord as RunRecord
 from .records import SlotRecord as SlotRecord
 from .records import StageCheck as StageCheck

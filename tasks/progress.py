@@ -10,6 +10,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from cropi_core.markdown import escaped
 from cropi_core.progress import Progress, Report
+from cropi_core.runs import progress_text
 
 FIRST_S = 5.0
 """Delay before the bar is created: a bar costs a request, and most steps are shorter."""
@@ -49,8 +50,7 @@ class _Bar:
             return
         self.due = time.monotonic() + EVERY_S
         self.percent = 100.0 * progress.done / max(progress.total, 1)
-        text = f"{self.slot}: {progress.unit} {progress.done} of {progress.total}  {progress.note}"
-        self._put(escaped(text.rstrip()))
+        self._put(escaped(f"{self.slot}: {progress_text(progress)}"))
 
     def finish(self) -> None:
         if self.artifact is not None:

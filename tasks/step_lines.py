@@ -9,56 +9,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from cropi_core.curriculum import StepResult
-from cropi_core.formatting import duration, percent, significant
+from cropi_core.formatting import duration
 from cropi_core.progress import Progress
-from cropi_core.runs import accuracies
-from data_schemas import StepName, StepSpec
-from tasks.ui import plain
+from cropi_core.runs import progress_text, step_facts
+from data_schemas import StepSpec
 
 EVERY_S = 30.0
 """Shortest time between two lines about the progress of a training."""
-MOST_SETS = 8
-COUNTED: dict[StepName, tuple[str, ...]] = {
-    "prompts": ("prompts",),
-    "policy": ("parameters",),
-    "rollouts": ("prompts", "completions", "not_gradable"),
-    "gradients": ("prompts", "tokens"),
-    "scores": ("prompts", "scored"),
-    "diagnostics": ("prompts",),
-    "selection": ("selected", "pool"),
-    "training": ("steps", "prompts", "completions", "not_gradable"),
-    "evaluation": ("completions",),
-}
-"""Counts of a step's summary that its line names; a count of 0 that is not gradable is omitted."""
-MEASURED = {
-    "mean_reward": "mean reward",
-    "first_quarter_reward": "reward in the first quarter",
-    "last_quarter_reward": "in the last",
-    "spearman": "rank correlation",
-}
-"""Measured values of a summary, and their names in the line."""
 
 
 def step_line(spec: StepSpec, result: StepResult, summary: Mapping[str, Any]) -> str:
     """Describe a finished step: counts, measured values, whether its artifact was found or computed, and its key."""
-    facts = [
-        f"{significant(summary[name], 9)} {name.replace('_', ' ')}"
-        for name in COUNTED[spec.step]
-        if summary.get(name) is not None and not (name == "not_gradable" and not summary[name])
-    ]
-    if spec.step == "gradients":
-        facts += [f"{count} {name.replace('_', ' ')}" for name, count in summary["status"].items() if count]
-    facts += [
-        f"{words} {significant(summary[name])}"
-        for name, words in MEASURED.items()
-        if summary.get(name) is not None
-    ]
-    if spec.step == "evaluation":
-        rows = accuracies(summary, 0)
-        facts += [f"{plain(row.set)} {percent(row.accuracy)}" for row in rows[:MOST_SETS]]
-        facts += [f"{len(rows) - MOST_SETS} more sets"] if len(rows) > MOST_SETS else []
     origin = "found" if result.cached else f"computed in {duration(result.seconds)}"
-    parts = [", ".join(facts), f"{origin}, {result.ref.key}"]
+    parts = [step_facts(spec.step, summary), f"{origin}, {result.ref.key}"]
     return f"{spec.slot}: {'; '.join(filter(None, parts))}"
 
 
@@ -73,8 +36,7 @@ class TrainingLines:
         """Log a line, unless the previous one is too recent."""
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + EVERY_S
-            line = f"{self.slot}: {progress.unit} {progress.done} of {progress.total}  {progress.note}"
-            self.log.info("%s", line.rstrip())
+            self.log.info("%s", f"{self.slot}: {progress_text(progress)}")
 
 
 class _WithoutCompleted(logging.Filter):

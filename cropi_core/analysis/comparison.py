@@ -11,7 +11,7 @@ from typing import Any
 from cropi_core.analysis.selection_diff import compare_selections
 from cropi_core.artifacts import SELECTION_FILE, Store
 from cropi_core.errors import SelectionError
-from cropi_core.runs import Accuracy, Artifacts, accuracies, load_run
+from cropi_core.runs import Accuracy, Artifacts, accuracies, load_run, read_note
 
 NOT_SET = "not set"
 SELECTION = ("prompt_id", "selected", "rank", "score")
@@ -68,6 +68,7 @@ class RunComparison:
 
     Attributes:
         runs: Ids of the runs.
+        notes: Their notes; empty for a run without one.
         settings: Settings that differ, by path.
         accuracy: Accuracy on the sets of both, test sets first.
         selections: Selections of the stages that both have.
@@ -76,6 +77,7 @@ class RunComparison:
     """
 
     runs: tuple[str, str]
+    notes: tuple[str, str]
     settings: list[Setting]
     accuracy: list[SetAccuracy]
     selections: list[StageOverlap]
@@ -104,6 +106,7 @@ def compare_runs(store: Store, one: str, other: str) -> RunComparison:
     overlaps = list(_overlaps(a, b, problems))
     return RunComparison(
         runs=(one, other),
+        notes=(read_note(store, one), read_note(store, other)),
         settings=different_settings(records[0].config, records[1].config),
         accuracy=_accuracy(a, b),
         selections=overlaps,

@@ -87,6 +87,8 @@ def compare(
         print_json(comparison.as_json())
         return
     settings = [(row.setting, _json(row.one), _json(row.other)) for row in comparison.settings]
+    if any(comparison.notes):
+        settings.insert(0, ("(note)", *comparison.notes))
     print_table(("setting", one, other), settings or [("no setting differs", "", "")])
     accuracy = [
         (

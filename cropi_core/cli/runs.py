@@ -1,4 +1,4 @@
-"""``cropi runs``: list runs, the space that they take and the accuracy of one; log one to a tracker; remove runs."""
+"""``cropi runs``: list runs, their space and cost; follow one, its accuracy, a note; log one to a tracker; remove."""
 
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cropi_core.cli import following as cli_following
 from cropi_core.cli.output import DEFAULT_ROOT, AsJson, Root, print_json, print_table, say
 from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.formatting import human_bytes
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from data_schemas import RunRecord
 
 app = typer.Typer(
-    help="List the runs of a root, newest last; show the accuracy of one; log one to a tracker; remove runs.",
+    help="List the runs of a root, newest last; follow one, show its accuracy, note something; remove runs.",
     rich_markup_mode=None,
     invoke_without_command=True,
 )
+app.command()(cli_following.follow)
 
 
 @app.callback()
@@ -40,12 +42,15 @@ def runs(
     name: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Only runs whose id contains this text.")
     ] = None,
+    note: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only runs whose note contains this text, in any case.")
+    ] = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a root, newest last."""
     if context.invoked_subcommand is not None:
-        for option in ("sizes", "costs", "state", "name", "root", "as_json"):
+        for option in ("sizes", "costs", "state", "name", "note", "root", "as_json"):
             source = context.get_parameter_source(option)
             if source is not None and source.name == "COMMANDLINE":
                 raise ConfigError(
@@ -57,13 +62,17 @@ def runs(
 
     store = Store(root)
     if sizes:
-        if state or name or costs:
-            raise ConfigError("--sizes lists all runs; it does not go with --costs, --state and --name")
+        if state or name or note or costs:
+            raise ConfigError(
+                "--sizes lists all runs; it does not go with --costs, --state, --name and --note"
+            )
         _list_sizes(store, as_json)
     elif costs:
+        if note:
+            raise ConfigError("--costs does not go with --note; choose runs by --state and --name")
         _list_costs(store, _parse_states(state or []), name or "", as_json)
     else:
-        _list_runs(store, _parse_states(state or []), name or "", as_json)
+        _list_runs(store, _parse_states(state or []), name or "", note or "", as_json)
 
 
 def _parse_states(names: list[str]) -> set[str]:
@@ -80,12 +89,14 @@ def _parse_states(names: list[str]) -> set[str]:
     return {spellings[name.lower()] for name in names}
 
 
-def _list_runs(store: "Store", states: set[str], name: str, as_json: bool) -> None:
+def _list_runs(store: "Store", states: set[str], name: str, note: str, as_json: bool) -> None:
     rows = [row for row in _rows(store, name) if not states or row["state"] in states]
+    rows = [row for row in rows if note.lower() in row["note"].lower()]
     if as_json:
         print_json(rows)
         return
-    names = ("run", "state", "stages", "scores", "artifacts", "started", "finished", "error")
+    names = ["run", "state", "stages", "scores", "artifacts", "started", "finished", "error"]
+    names += ["note"] if any(row["note"] for row in rows) else []
     shown = [
         row if row["stages_done"] is None else {**row, "stages": f"{row['stages_done']}/{row['stages']}"}
         for row in rows
@@ -106,13 +117,24 @@ def _records(store: "Store", name: str) -> "Iterator[tuple[str, RunRecord | Arti
 
 
 def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
-    from cropi_core.runs import state_name
+    from cropi_core.runs import read_note, state_name
 
     rows: list[dict[str, Any]] = []
+    noted = {one.removesuffix(".note") for one in store.names("runs") if one.endswith(".note")}
     for run, record in _records(store, name):
+        note = read_note(store, run) if run in noted else ""
         if isinstance(record, ArtifactError):
             lost = dict.fromkeys(("stages_done", "stages", "scores", "artifacts", "started", "finished"))
-            rows.append({"run": run, "status": "damaged", "state": "damaged", **lost, "error": str(record)})
+            rows.append(
+                {
+                    "run": run,
+                    "status": "damaged",
+                    "state": "damaged",
+                    **lost,
+                    "error": str(record),
+                    "note": note,
+                }
+            )
             continue
         finished = sum(slot.startswith("policy@") and slot != "policy@0" for slot in record.slots)
         rows.append(
@@ -127,6 +149,7 @@ def _rows(store: "Store", name: str) -> list[dict[str, Any]]:
                 "started": record.started,
                 "finished": record.finished,
                 "error": record.error,
+                "note": note,
             }
         )
     return rows
@@ -230,6 +253,31 @@ def accuracy(
             say(
                 "its evaluations state no parts: every set has one source and level, or they are of an older version"
             )
+
+
+@app.command()
+def note(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run.")],
+    text: Annotated[
+        str | None, typer.Argument(help="One line of at most 500 characters; empty quotes remove the note.")
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Attach a note to a run, or show it; `cropi runs`, the report and `cropi compare` have it."""
+    from cropi_core.artifacts import Store
+    from cropi_core.runs import load_run, read_note, write_note
+
+    store = Store(root)
+    if text is None:
+        load_run(store, run)
+        found = read_note(store, run)
+    else:
+        found = write_note(store, run, text)
+    if as_json:
+        print_json({"run": run, "note": found})
+    else:
+        say(found or f"run {run} has no note")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from cropi_core.artifacts import Store, content_digest, file_entries, is_full
 from cropi_core.curriculum.work import Work
 from cropi_core.errors import CropiError, StepError
 from cropi_core.progress import Report, silent
+from cropi_core.runs import kept_progress
 from cropi_core.system import PACKAGES as PACKAGE_PARENT
 from cropi_core.system import (
     child_environment,
@@ -83,10 +84,12 @@ def run_step(
             return StepResult(ref, cached=True, seconds=0.0)
         start = time.monotonic()
         runtime = Runtime.model_validate(spec.runtime)
-        if runtime.mode == "subprocess":
-            _run_subprocess(spec, store, runtime, report, claim)
-        else:
-            _run_in_process(spec, store, runtime, report, spread)
+        # With `claimed`, the process that holds the claim keeps the progress.
+        with contextlib.nullcontext(report) if claimed else kept_progress(store, key, report) as kept:
+            if runtime.mode == "subprocess":
+                _run_subprocess(spec, store, runtime, kept, claim)
+            else:
+                _run_in_process(spec, store, runtime, kept, spread)
         return StepResult(store.manifest(key).ref, cached=False, seconds=time.monotonic() - start)
 
 

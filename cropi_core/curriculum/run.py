@@ -17,7 +17,16 @@ from cropi_core.curriculum.execution import StepResult
 from cropi_core.curriculum.packages import check_packages
 from cropi_core.curriculum.slots import pin_for, slot_names
 from cropi_core.errors import ArtifactError, ConfigError, DeclinedError, WaitingError
-from cropi_core.runs import load_run, new_run, now, resolve_key, run_lock, save_run
+from cropi_core.runs import (
+    load_run,
+    new_run,
+    now,
+    remove_current,
+    resolve_key,
+    run_lock,
+    save_run,
+    write_current,
+)
 from data_schemas import ArtifactRef, Config, Section, Slot, SlotRecord, StepName, StepSpec
 
 Execute = Callable[[StepSpec], StepResult]
@@ -70,6 +79,7 @@ class Run:
     def _close(self, status: Any, error: str | None) -> None:
         self.record = self.record.model_copy(update={"status": status, "error": error, "finished": now()})
         self.save()
+        remove_current(self.store, self.record.run)
 
     def note(self, text: str) -> None:
         """Add a decision to the record and report it."""
@@ -120,6 +130,8 @@ class Run:
     def _execute(self, spec: StepSpec) -> StepResult:
         """Execute a step; note it in the record if a stored artifact was damaged and had to be recomputed."""
         before = set(self.store.damaged())
+        if not self.store.has(spec.key):  # a step of seconds or hours; a stored artifact is found at once
+            write_current(self.store, self.record.run, spec.slot, spec.key)
         result = self.execute(spec)
         for path in self.store.damaged():
             if path not in before:

@@ -54,6 +54,7 @@ from cropi_core.runs import (
     cost_grid,
     detail_grid,
     details,
+    read_note,
     read_pool,
     selection_in_steps,
 )
@@ -104,6 +105,7 @@ def render(store: Store, record: RunRecord) -> str:
     choices = [v.choice for v in views if v.choice is not None]
     context: dict[str, Any] = {
         "record": record,
+        "note": read_note(store, record.run),
         "config": artifacts.config,
         "elapsed": _elapsed(record),
         "progress": _progress(artifacts),

@@ -7,6 +7,16 @@ from .accuracy import details as details
 from .artifacts import Artifacts as Artifacts
 from .artifacts import Pool as Pool
 from .artifacts import read_pool as read_pool
+from .following import Event as Event
+from .following import Follower as Follower
+from .following import follow as follow
+from .live import LIVE_METRICS as LIVE_METRICS
+from .live import kept_progress as kept_progress
+from .live import progress_text as progress_text
+from .live import remove_current as remove_current
+from .live import write_current as write_current
+from .notes import read_note as read_note
+from .notes import write_note as write_note
 from .reader import Run as Run
 from .reader import RunArtifact as RunArtifact
 from .records import STATES as STATES
@@ -33,6 +43,7 @@ from .space import RunSpace as RunSpace
 from .space import expired as expired
 from .space import run_spaces as run_spaces
 from .space import unsuccessful as unsuccessful
+from .step_facts import step_facts as step_facts
 from .summary import FORWARD_AND_BACKWARD as FORWARD_AND_BACKWARD
 from .summary import RunSummary as RunSummary
 from .summary import SlotSummary as SlotSummary

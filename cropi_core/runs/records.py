@@ -80,13 +80,13 @@ def load_run(store: Store, run: str) -> RunRecord:
 
 
 def remove_run(store: Store, run: str) -> None:
-    """Remove a run's record and report; its artifacts stay until they are collected.
+    """Remove a run's record, report and note; its artifacts stay until they are collected.
 
     Raises:
         ArtifactError: The run does not exist, or its record cannot be read.
     """
     load_run(store, run)
-    for ending in ("html", "json"):
+    for ending in ("html", "note", "now", "json"):
         store.remove(f"runs/{run}.{ending}")
 
 

@@ -206,7 +206,8 @@ def progress_of(line: str) -> dict[str, Any] | None:
 
 def _shown(reported: Mapping[str, Any]) -> Progress:
     note = f"reward {reported['reward']:.3f}" if "reward" in reported else ""
-    return Progress(reported["step"], max(reported["steps"], reported["step"]), "steps", note)
+    metrics = {name: value for name, value in reported.items() if name not in ("step", "steps")}
+    return Progress(reported["step"], max(reported["steps"], reported["step"]), "steps", note, metrics)
 
 
 def metrics(history: list[dict[str, Any]]) -> pa.Table:

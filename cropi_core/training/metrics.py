@@ -60,6 +60,12 @@ def check_finite(step: int, log: dict[str, Any]) -> None:
             )
 
 
+def step_metrics(log: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of one step that the trainer logged, by column."""
+    values = {name: log.get(key) for name, key in COLUMNS.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
 def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
     """Convert the trainer's log history to a table of :data:`METRICS`.
 

@@ -22,7 +22,7 @@ from cropi_core.random_bits import key64
 from cropi_core.rewards import Grade, Item, Verifier
 from cropi_core.rollouts import Completion, sample_completions
 from cropi_core.training.draws import STATE, Draws, Group, group_of
-from cropi_core.training.metrics import TERM, TrainingError, check_finite, used_up
+from cropi_core.training.metrics import TERM, TrainingError, check_finite, step_metrics, used_up
 from cropi_core.training.ranks import ALONE, Processes
 from data_schemas import Sampling, Training
 
@@ -300,7 +300,7 @@ class Watch(TrainerCallback):
         self.last_step, self.ended_at = state.global_step, time.monotonic()
         self.reward = logs["reward"] if logs.get("reward") is not None else self.reward
         note = "" if self.reward is None else f"reward {self.reward:.2f}"
-        self.report(Progress(state.global_step, self.total, "step", note))
+        self.report(Progress(state.global_step, self.total, "step", note, step_metrics(logs)))
         if used_up(state.log_history, self.training):
             control.should_training_stop = True
 

@@ -8,10 +8,11 @@ import pytest
 from cropi_core.curriculum import StepResult
 from cropi_core.formatting import significant
 from cropi_core.progress import Progress
+from cropi_core.runs.step_facts import COUNTED
 from data_schemas.records import ArtifactRef
 from data_schemas.steps import StepSpec
 from tasks import step_lines
-from tasks.step_lines import COUNTED, TrainingLines, drop_completed, step_line
+from tasks.step_lines import TrainingLines, drop_completed, step_line
 
 ACCURACY = {"accuracy": 0.4875, "low": 0.4, "high": 0.6, "prompts": 80, "completions": 80, "not_gradable": 0}
 CASES = [
