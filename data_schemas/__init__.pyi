@@ -62,6 +62,7 @@ from .steps import Fallback as Fallback
 from .steps import GradientsSettings as GradientsSettings
 from .steps import HalvedRolloutsSettings as HalvedRolloutsSettings
 from .steps import MergedRolloutsSettings as MergedRolloutsSettings
+from .steps import PilotPromptsSettings as PilotPromptsSettings
 from .steps import PolicySettings as PolicySettings
 from .steps import PromptsSettings as PromptsSettings
 from .steps import RolloutsSettings as RolloutsSettings

@@ -71,6 +71,7 @@ class Config(Section):
             *consistency.block_rows(self.gradients),
             *consistency.group_size(self.rollouts, self.objective, needs_rollouts=self.needs_rollouts),
             *consistency.sampling_passes(self.rollouts, needs_rollouts=self.needs_rollouts),
+            *consistency.pool_share(self.rollouts, self.scores, self.selection),
             *consistency.full_ratio(self.selection),
             *consistency.scored_once(self.rescore, self.rollouts, self.scores),
             *consistency.exact_projection(self.projection),

@@ -84,6 +84,25 @@ def full_ratio(selection: Selection) -> list[str]:
     return faults
 
 
+def pool_share(rollouts: Rollouts, scores: Scores, selection: Selection) -> list[str]:
+    """Require a strategy that values prompts without rollouts, if a part of the pool is not sampled."""
+    if rollouts.pool_share == 1:
+        return []
+    stated = f"rollouts.pool_share={rollouts.pool_share}"
+    strategies = {selection.at(stage).strategy for stage in (1, 2) if selection.at(stage).reads_rollouts}
+    if others := sorted(strategies - {"influence"}):
+        return [
+            f"{stated} with selection.strategy={others[0]}, which needs rollouts of every prompt; set "
+            "rollouts.pool_share=1 or select by influence"
+        ]
+    if strategies and not scores.neighbours:
+        return [
+            f"{stated} leaves prompts without a score; set scores.neighbours (8 is a good start), so that they are "
+            "scored like the prompts that read alike"
+        ]
+    return []
+
+
 def scored_once(rescore: str, rollouts: Rollouts, scores: Scores) -> list[str]:
     """List settings that have no effect when only the first stage is scored."""
     if rescore != "once":
@@ -291,7 +310,7 @@ def set_names(data: Data) -> list[str]:
         faults.append(f"data.validation and data.test share the names {sorted(shared)}")
     if reserved := set(data.validation) & SCORE_COLUMNS:
         faults.append(f"data.validation names {sorted(reserved)} are columns of the scores table")
-    if slots := {"pool", "spot", "waking", "halves"} & (set(data.validation) | set(data.test)):
+    if slots := {"pool", "spot", "pilot", "waking", "halves"} & (set(data.validation) | set(data.test)):
         faults.append(
             f"data names {sorted(slots)} are reserved for slots such as rollouts/pool; use other names"
         )

@@ -67,6 +67,13 @@ class Rollouts(Section):
     )
     pool: Sampling = Field(default=Sampling(), description="Sampling of the pool.")
     validation: Sampling = Field(default=Sampling(samples=16), description="Sampling of the validation sets.")
+    pool_share: Annotated[float, LATER] = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the pool that is sampled, drawn at random. Below 1, the other prompts are scored like "
+        "the sampled ones that read most alike (`scores.neighbours`).",
+    )
     samples_by_source: Annotated[dict[str, Samples], LATER] = Field(
         default_factory=dict,
         description="Completions of the pool's prompts of a source, such as `{algebra: 16}`; other sources get "

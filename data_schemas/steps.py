@@ -65,6 +65,13 @@ class SpotPromptsSettings(Section):
     seed: int
 
 
+class PilotPromptsSettings(Section):
+    """The part of a pool that is sampled: a random share."""
+
+    pilot: float = Field(description="Share of the pool.")
+    seed: int
+
+
 class WakingPromptsSettings(Section):
     """The prompts of a pool that a later stage samples again."""
 

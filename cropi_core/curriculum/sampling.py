@@ -3,7 +3,13 @@
 from typing import Any
 
 from cropi_core.curriculum.run import Run
-from data_schemas import ArtifactRef, MergedRolloutsSettings, RolloutsSettings, WakingPromptsSettings
+from data_schemas import (
+    ArtifactRef,
+    MergedRolloutsSettings,
+    PilotPromptsSettings,
+    RolloutsSettings,
+    WakingPromptsSettings,
+)
 
 
 class Sampler:
@@ -24,7 +30,15 @@ class Sampler:
     def sample(self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef]) -> dict[str, ArtifactRef]:
         """Sample trajectories of ``policy`` on the pool and, if gradients are needed, on the validation sets."""
         names = ["pool", *(self.config.data.validation if self.config.needs_gradients else [])]
-        return {name: self.collect(name, stage, policy, sets[name]) for name in names}
+        sampled = sets | {"pool": self._pilot(stage, sets["pool"])}
+        return {name: self.collect(name, stage, policy, sampled[name]) for name in names}
+
+    def _pilot(self, stage: int, pool: ArtifactRef) -> ArtifactRef:
+        """Draw the part of the pool that a stage samples; another one at every stage that samples the pool again."""
+        if (share := self.config.rollouts.pool_share) == 1:
+            return pool
+        settings = PilotPromptsSettings(pilot=share, seed=self.config.seed + 1000 * (stage - 1))
+        return self.run.step("prompts", f"prompts/pilot@{stage}", settings, {"prompts": pool})
 
     def sample_waking(
         self,

@@ -3,7 +3,8 @@
 ``prompts/pool``, ``prompts/<set>``, ``policy@0`` (the base), ``rollouts/pool@1``, ``rollouts/<set>@1``,
 ``gradients/pool@m``, ``gradients/<set>@m``, ``scores@m``, ``selection@m``, ``policy@m`` (after stage m),
 ``evaluation@m``. ``<set>`` is the name of a validation or test set. The spot check of a stage fills ``prompts/spot@m``,
-``rollouts/spot@m``, ``gradients/spot@m``, ``scores/spot@m`` and ``diagnostics@m``. Prompts that a later stage samples
+``rollouts/spot@m``, ``gradients/spot@m``, ``scores/spot@m`` and ``diagnostics@m``. The part of the pool that is sampled
+(`rollouts.pool_share`) is at ``prompts/pilot@m``. Prompts that a later stage samples
 again (`rollouts.refresh: waking`) are at ``prompts/waking@m``, their completions at ``rollouts/waking@m``. Artifacts
 that a stage computed from stored trajectories before it sampled new ones are kept at ``<slot>/stored@m``.
 """
@@ -34,6 +35,7 @@ def slot_names(config: Config) -> list[str]:
         if config.needs_rollouts:
             measured = ["pool", *(validation if config.needs_gradients else [])]
             if stage == 1 or config.may_refresh or pins_rollouts(config, stage):
+                names += [f"prompts/pilot@{stage}"] if config.rollouts.pool_share < 1 else []
                 names += [f"rollouts/{name}@{stage}" for name in measured]
             if stage > 1 and config.rollouts.refresh == "waking":
                 names += [f"{kind}/waking@{stage}" for kind in ("prompts", "rollouts")]

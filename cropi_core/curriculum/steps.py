@@ -36,6 +36,7 @@ from data_schemas import (
     MergedRolloutsSettings,
     MixSource,
     Objective,
+    PilotPromptsSettings,
     PolicySettings,
     PromptsSettings,
     RolloutsSettings,
@@ -57,6 +58,8 @@ def prompts_step(work: Work) -> dict[str, Any]:
 
     if "spot" in work.spec.settings:
         return _spot_prompts(work)
+    if "pilot" in work.spec.settings:
+        return _pilot_prompts(work)
     if "waking" in work.spec.settings:
         return _waking_prompts(work)
     settings = PromptsSettings.model_validate(work.spec.settings)
@@ -86,6 +89,18 @@ def _spot_prompts(work: Work) -> dict[str, Any]:
         dead_share=settings.spot.dead_share,
         seed=settings.seed,
     )
+    write_prompts(table, work.out / PROMPTS_FILE)
+    return summarise(table)
+
+
+def _pilot_prompts(work: Work) -> dict[str, Any]:
+    """Draw the part of a pool that is sampled."""
+    from cropi_core.prompts import draw_prompts, read_prompts, summarise, write_prompts
+    from cropi_core.selection import subset_size
+
+    settings = PilotPromptsSettings.model_validate(work.spec.settings)
+    pool = read_prompts(work.inputs["prompts"] / PROMPTS_FILE)
+    table = draw_prompts(pool, subset_size(settings.pilot, pool.num_rows), settings.seed)
     write_prompts(table, work.out / PROMPTS_FILE)
     return summarise(table)
 

@@ -114,7 +114,7 @@ class _Rehearsal:
             self._link(key)
         elif cached:  # its files are elsewhere, and only its manifest is needed
             write_atomic(self.store.path(key) / MANIFEST, self.real.manifest(key).model_dump_json())
-        elif spec.step == "prompts" and not {"spot", "waking"} & set(spec.settings):
+        elif spec.step == "prompts" and not {"spot", "pilot", "waking"} & set(spec.settings):
             runtime = {**spec.runtime, "mode": "in_process"}
             result = run_step(spec.model_copy(update={"runtime": runtime}), self.store)
             measured["bytes"] = sum(entry.size for entry in self.store.manifest(key).files)
@@ -139,6 +139,8 @@ class _Rehearsal:
             summary |= {"selected": subset_size(ratio, prompts), "pool": prompts, "ratio": ratio}
         if "spot" in spec.settings:
             summary["prompts"] = min(spec.settings["spot"]["prompts"], prompts)
+        if "pilot" in spec.settings:
+            summary["prompts"] = subset_size(spec.settings["pilot"], prompts)
         if "waking" in spec.settings:
             summary["prompts"] = waking_count(self.config, prompts)
         if "halves" in spec.settings:
@@ -204,6 +206,7 @@ def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mappi
     wanted: dict[str, Any] = {"origin": origin, "stage": slot.stage or 0}
     drawn = {
         "spot": min(config.diagnostics.spot_check, sizes["pool"]),
+        "pilot": subset_size(config.rollouts.pool_share, sizes["pool"]),
         "waking": waking_count(config, sizes["pool"]),
         "halves": 2 * min(config.diagnostics.halves, sizes["pool"]),
     }
@@ -211,6 +214,8 @@ def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mappi
     if place in config.data.validation:
         wanted["source"] = "validation"
     if kind in ("rollouts", "gradients"):
+        if (place or "pool") == "pool":
+            wanted["prompts"] = drawn["pilot"]
         of = config.rollouts.validation if place in config.data.validation else config.rollouts.pool
         passes = config.rollouts.passes is not None and (place or "pool") == "pool"
         again = config.rollouts.waking.samples if place == "waking" else None

@@ -10,6 +10,7 @@ from .loading import load_source as load_source
 from .loading import read_prompts as read_prompts
 from .loading import summarise as summarise
 from .loading import write_prompts as write_prompts
+from .mixing import draw_prompts as draw_prompts
 from .mixing import load_mix as load_mix
 from .reasoning_gym import package_version as package_version
 from .rendering import check_rendering as check_rendering

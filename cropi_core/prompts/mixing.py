@@ -1,8 +1,9 @@
-"""Combination of several prompt sources into one set: each is read separately, and shared prompts are kept once."""
+"""Sets of prompts from others: several sources as one, in which shared prompts are kept once; random draws."""
 
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 import pyarrow as pa
 
 from cropi_core.errors import DataError
@@ -45,3 +46,15 @@ def load_mix(source: MixSource, split: str, location: Mapping[str, str]) -> tupl
             kept[text] = row
             names[row["prompt_id"]] = number
     return pa.Table.from_pylist(list(kept.values()), schema=PROMPTS), dict(dropped)
+
+
+def draw_prompts(table: pa.Table, count: int, seed: int) -> pa.Table:
+    """Draw prompts at random, in their order; a larger draw with the same seed contains a smaller one.
+
+    Args:
+        table: Prompts (``data_schemas.tables.PROMPTS``).
+        count: How many.
+        seed: Seed of the draw.
+    """
+    shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(table.num_rows)
+    return table.take(pa.array(np.sort(shuffled[:count])))

@@ -30,11 +30,13 @@ def merge_rollouts(
 ) -> dict[str, Any]:
     """Write the stored rollouts part by part, with the completions of the fresh ones where there are any.
 
+    Fresh completions of prompts that were never sampled form a last part.
+
     Args:
-        stored: Rollouts of the whole pool.
+        stored: Rollouts of the pool, or of a share of it.
         fresh: Rollouts of some of its prompts.
         out: Directory of the parts; existing ones are written again.
-        sources: Source by prompt id.
+        sources: Source by prompt id, of the whole pool in its order.
         keep_stored: Whether stored completions keep their rewards.
 
     Returns:
@@ -42,7 +44,7 @@ def merge_rollouts(
         ``not_gradable`` does not count completions that were set aside.
 
     Raises:
-        DataError: Fresh prompts are missing in the stored rollouts, or both were sampled from other distributions.
+        DataError: Fresh prompts are not in the pool, or both were sampled from other distributions.
     """
     new, old = read_rollouts(fresh), read_rollouts(stored)
     first, second = (sampling_of(table).model_copy(update={"samples": 1}) for table in (old, new))
@@ -51,29 +53,23 @@ def merge_rollouts(
             f"{fresh} was sampled from another distribution ({second}) than {stored} ({first}). Sample both alike"
         )
     renewed = set(new["prompt_id"].to_pylist())
-    if missing := sorted(renewed - set(old["prompt_id"].to_pylist())):
-        raise DataError(f"{stored} lacks {len(missing)} prompts of {fresh}, such as {missing[0]!r}")
+    if unknown := sorted(renewed - sources.keys()):
+        raise DataError(f"the pool lacks {len(unknown)} prompts of {fresh}, such as {unknown[0]!r}")
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(new["prompt_id"].to_pylist()):
         rows.setdefault(name, []).append(row)
     out.mkdir(parents=True, exist_ok=True)
+    metadata = {**(old.schema.metadata or {}), b"cropi.policy": SEVERAL}
     parts = sorted(stored.glob("part-*.parquet")) if stored.is_dir() else [stored]
     for index, part in enumerate(parts):
         table = read_part(part).replace_schema_metadata(None)
-        names = list(dict.fromkeys(table["prompt_id"].to_pylist()))
-        kept = table.filter(pa.array([name not in renewed for name in table["prompt_id"].to_pylist()]))
         if not keep_stored:
-            place = kept.schema.get_field_index("reward")
-            field = kept.schema.field(place)
-            kept = kept.set_column(place, field, pa.nulls(kept.num_rows, field.type))
-        taken = new.take(pa.array([row for name in names for row in rows.get(name, [])], pa.int64()))
-        joined = join_rollouts([kept, taken.replace_schema_metadata(None)])
-        places = {name: place for place, name in enumerate(names)}
-        order = pa.array([places[name] for name in joined["prompt_id"].to_pylist()], pa.int64())
-        keys = [("place", "ascending"), ("sample", "ascending")]
-        joined = joined.append_column("place", order).sort_by(keys).drop_columns("place")
-        metadata = {**(old.schema.metadata or {}), b"cropi.policy": SEVERAL}
+            table = _without_rewards(table)
+        joined = _renewed(table, new, rows)
         write_parquet(joined.replace_schema_metadata(metadata), part_path(out, index))
+    known = set(old["prompt_id"].to_pylist())
+    if added := [row for name in sources if name not in known for row in rows.get(name, [])]:
+        write_parquet(new.take(pa.array(added)).replace_schema_metadata(metadata), part_path(out, len(parts)))
     summary = summarise_rollouts(read_rollouts(out), sources)
     summary |= {"sampled_tokens": 0, "prompts_sampled_again": len(renewed)}
     if keep_stored:
@@ -82,3 +78,22 @@ def merge_rollouts(
         "not_gradable": new["reward"].null_count,
         "prompts_set_aside": summary["prompts"] - len(renewed),
     }
+
+
+def _without_rewards(table: pa.Table) -> pa.Table:
+    """Return stored completions without rewards."""
+    place = table.schema.get_field_index("reward")
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.nulls(table.num_rows, field.type))
+
+
+def _renewed(table: pa.Table, new: pa.Table, rows: dict[str, list[int]]) -> pa.Table:
+    """Replace the completions of a stored part by fresh ones where there are any, in the order of its prompts."""
+    names = list(dict.fromkeys(table["prompt_id"].to_pylist()))
+    kept = table.filter(pa.array([name not in rows for name in table["prompt_id"].to_pylist()]))
+    taken = new.take(pa.array([row for name in names for row in rows.get(name, [])], pa.int64()))
+    joined = join_rollouts([kept, taken.replace_schema_metadata(None)])
+    places = {name: place for place, name in enumerate(names)}
+    order = pa.array([places[name] for name in joined["prompt_id"].to_pylist()], pa.int64())
+    keys = [("place", "ascending"), ("sample", "ascending")]
+    return joined.append_column("place", order).sort_by(keys).drop_columns("place")

@@ -70,7 +70,8 @@ def score(
         seed: Seed of the order among equal scores, and of the halves of the split-half agreement.
         previous: Scores table of the previous stage, required by ``settings.memory``; a set's column then holds the
             result of :func:`remember` instead of the similarities.
-        prompts: Prompts table of the pool, required by ``settings.neighbours``.
+        prompts: Prompts table of the pool, required by ``settings.neighbours``; prompts that were not sampled are
+            scored too.
         halves: Gradient store of halves of some prompts' completions (:mod:`cropi_core.rollouts.halving`); weak scores
             are then shrunk to clusters.
         report: Receives the number of prompts scored.
@@ -87,7 +88,7 @@ def score(
     """
     names = _check_request(validation, settings, previous, prompts)
     features, stores = _open(train, [validation[name] for name in names])
-    pool = _read_pool(features)
+    pool = sampled = _read_pool(features)
     live = pool.with_gradient
     pairs = zip(names, stores, strict=True)
     targets = np.stack([set_targets(name, store, settings, seed) for name, store in pairs])  # (V, 3, k)
@@ -96,8 +97,10 @@ def score(
     values, scored = similar[:, :, 0], live
     values, found = _reliability(features, stores, similar, live, halves, settings, seed)
     if prompts is not None and settings.neighbours:
-        vectors = prompt_vectors(prompts, list(pool.ids))
-        values, scored = with_neighbours(values, live, vectors, settings.neighbours)
+        ids, vectors = prompt_vectors(prompts, list(sampled.ids))
+        pool = sampled.among(ids)
+        values = values[places(list(pool.ids[pool.with_gradient]), list(sampled.ids[live]))]
+        values, scored = with_neighbours(values, pool.with_gradient, vectors, settings.neighbours)
     if previous is not None:
         values = remember(values, _previous(previous, names, list(pool.ids[scored])), settings.memory)
     fused, rank, _ = fuse(values, settings, tie_keys(list(pool.ids[scored]), seed))
@@ -108,10 +111,11 @@ def score(
     return {
         "prompts": len(pool.ids),
         "scored": int(live.sum()),
-        **({"scored_by_neighbours": int((scored & ~live).sum())} if settings.neighbours else {}),
-        "status": status_counts(pool.status),
+        **({"scored_by_neighbours": int(scored.sum() - live.sum())} if settings.neighbours else {}),
+        **({"not_sampled": unsampled} if (unsampled := len(pool.ids) - len(sampled.ids)) else {}),
+        "status": status_counts(sampled.status),
         **settings.for_key(),
-        "median_ess": _median(pool.ess[live]),
+        "median_ess": _median(sampled.ess[live]),
         "score": _quantiles(fused),
         "reliability": found,
         "sets": _describe_sets(names, stores, targets, similar, keys),

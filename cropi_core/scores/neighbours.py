@@ -1,8 +1,8 @@
-"""Scores of prompts without a gradient: those of the scored prompts that read most alike.
+"""Scores of prompts without a gradient: those of the prompts that read most alike.
 
-A prompt has no gradient if its few completions had equal rewards. With two completions that is at least half of all
-prompts, whatever their influence would be. What they ask is known, and prompts that read alike tend to have gradients
-alike.
+A prompt has no gradient if it was not sampled, or if its few completions had equal rewards. With two completions that
+is at least half of all prompts, whatever their influence would be. What they ask is known, and prompts that read alike
+tend to have gradients alike.
 
 References:
     Influence of landmarks, spread to other samples by cheap embeddings: *Influence Distillation*, arXiv 2505.19051.
@@ -39,16 +39,21 @@ def with_neighbours(
     return result[scored], scored
 
 
-def prompt_vectors(prompts: Path, prompt_ids: list[str]) -> np.ndarray:
-    """Return the vectors of the prompts' texts, ``(n, d)``.
+def prompt_vectors(prompts: Path, prompt_ids: list[str]) -> tuple[list[str], np.ndarray]:
+    """Return the ids of a pool's prompts and the vectors of their texts, ``(n, d)``.
+
+    Args:
+        prompts: Prompts table of the pool.
+        prompt_ids: Ids that the pool must have.
 
     Raises:
         ArtifactError: The prompts table lacks prompts.
     """
     table = read_parquet(prompts)
-    rows = places(prompt_ids, table["prompt_id"].to_pylist())
+    ids = table["prompt_id"].to_pylist()
+    rows = places(prompt_ids, ids)
     if missing := [name for name, row in zip(prompt_ids, rows, strict=True) if row < 0]:
         raise ArtifactError(
             f"{prompts} lacks {len(missing)} prompts of this pool, such as {missing[0]!r}: it belongs to another pool"
         )
-    return text_vectors([asked_text(row) for row in table.select(["messages"]).to_pylist()])[rows]
+    return ids, text_vectors([asked_text(row) for row in table.select(["messages"]).to_pylist()])

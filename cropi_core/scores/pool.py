@@ -1,9 +1,11 @@
 """The columns of a gradient store that scoring uses, read once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cropi_core.artifacts import places
 from cropi_core.gradients import GradientStore
 from data_schemas import STATUSES
 
@@ -36,6 +38,16 @@ class Pool:
             store.column("mean_reward"),
             store.column("norm"),
         )
+
+    def among(self, ids: Sequence[str]) -> "Pool":
+        """Return the columns of a larger pool; prompts that were not sampled have too few graded completions."""
+        rows = places(ids, list(self.ids))
+        missing = rows < 0
+        columns = [
+            np.where(missing, np.nan, values[rows]) for values in (self.ess, self.mean_reward, self.norm)
+        ]
+        status = np.where(missing, STATUSES.index("too_few_gradable"), self.status[rows])
+        return Pool(np.array(ids, dtype=object), status.astype(self.status.dtype), *columns)
 
     @property
     def with_gradient(self) -> np.ndarray:

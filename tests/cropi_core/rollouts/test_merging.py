@@ -35,6 +35,15 @@ def test_fresh_completions_replace_those_of_their_prompts_in_the_order_of_the_po
     assert files[0].schema.metadata[b"cropi.policy"] == b"several"
 
 
+def test_prompts_that_were_never_sampled_follow_the_stored_ones_in_the_order_of_the_pool(tmp_path):
+    stored = parts(tmp_path / "stored", [{"b": [0, 1]}])
+    fresh = parts(tmp_path / "fresh", [{"d": [1, 1], "b": [0, 0], "a": [0, 1]}])
+    merge_rollouts(stored, fresh, tmp_path / "merged", dict.fromkeys("abcd", "x"))
+    table = read_rollouts(tmp_path / "merged")
+    assert table["prompt_id"].to_pylist() == ["b", "b", "a", "a", "d", "d"]
+    assert table["reward"].to_pylist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_stored_completions_that_are_set_aside_have_no_reward_and_their_prompts_no_gradient(tmp_path):
     stored = parts(tmp_path / "stored", [{"a": [0, 1], "b": [0, 1]}, {"c": [1, 1]}])
     fresh = parts(tmp_path / "fresh", [{"c": [0, 1]}])
@@ -50,8 +59,8 @@ def test_stored_completions_that_are_set_aside_have_no_reward_and_their_prompts_
 
 def test_other_prompts_and_other_distributions_are_refused(tmp_path):
     stored = parts(tmp_path / "stored", [{"a": [0, 0]}])
-    with pytest.raises(DataError, match="lacks 1 prompts"):
-        merge_rollouts(stored, parts(tmp_path / "other", [{"b": [0, 1]}]), tmp_path / "m", {})
+    with pytest.raises(DataError, match="pool lacks 1 prompts"):
+        merge_rollouts(stored, parts(tmp_path / "other", [{"b": [0, 1]}]), tmp_path / "m", {"a": "x"})
     warm = parts(tmp_path / "warm", [{"a": [0, 1]}], Sampling(samples=2, temperature=0.5))
     with pytest.raises(DataError, match="another distribution"):
-        merge_rollouts(stored, warm, tmp_path / "m", {})
+        merge_rollouts(stored, warm, tmp_path / "m", {"a": "x"})

@@ -6,6 +6,7 @@ import pytest
 
 from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.prompts.loading import write_prompts
+from cropi_core.prompts.mixing import draw_prompts
 from cropi_core.prompts.similarity import nearest, text_vectors
 from cropi_core.scores.influence import score
 from cropi_core.scores.neighbours import with_neighbours
@@ -98,3 +99,38 @@ def test_a_scores_table_with_neighbours(tmp_path):
         score(
             train=pool, validation=validation, out=inferred, settings=settings, prompts=tmp_path / "p.parquet"
         )
+
+
+def test_prompts_that_were_not_sampled_are_scored_like_those_that_read_alike(tmp_path):
+    """The scores table has the order of the pool, also where the store has another one."""
+    table = build({"reverse": 20, "copy": 20}, "pool", 0)
+    write_prompts(table, tmp_path / "p.parquet")
+    sampled = draw_prompts(table, 20, seed=0)
+    assert sampled["prompt_id"].to_pylist() == [
+        name for name in table["prompt_id"].to_pylist() if name in sampled["prompt_id"].to_pylist()
+    ]
+    assert set(draw_prompts(table, 10, 0)["prompt_id"].to_pylist()) < set(sampled["prompt_id"].to_pylist())
+    sampled = sampled.take(list(range(19, -1, -1)))
+    ids, source = sampled["prompt_id"].to_pylist(), np.array(sampled["source"].to_pylist())
+    goal = draw(5, 0)
+    features = np.where((source == "reverse")[:, None], goal[:1], -goal[:1]) + 0.1 * draw(20, 1)
+    pool = write_store(tmp_path / "pool", features.astype(np.float32), np.zeros(20, np.uint8), ids)
+    validation = {"goal": write_store(tmp_path / "goal", goal[:1])}
+    plain, inferred = tmp_path / "plain.parquet", tmp_path / "inferred.parquet"
+    score(train=pool, validation=validation, out=plain)
+    summary = score(
+        train=pool,
+        validation=validation,
+        out=inferred,
+        settings=Scores(neighbours=3),
+        prompts=tmp_path / "p.parquet",
+    )
+    assert (summary["scored"], summary["scored_by_neighbours"], summary["not_sampled"]) == (20, 20, 20)
+    assert summary["status"]["too_few_gradable"] == 0
+    after = pq.read_table(inferred).to_pylist()
+    assert [r["prompt_id"] for r in after] == table["prompt_id"].to_pylist()
+    assert {r["prompt_id"]: r["goal"] for r in after if r["status"] == "ok"} == {
+        r["prompt_id"]: r["goal"] for r in pq.read_table(plain).to_pylist()
+    }
+    ranked = sorted(after, key=lambda r: r["rank"])
+    assert sum(r["prompt_id"].startswith("reverse") for r in ranked[:20]) >= 18
