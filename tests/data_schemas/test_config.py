@@ -82,6 +82,11 @@ CONTRADICTIONS = {
     "end.min_steps": {"training": {"steps": 3, "end": {"mixed_below": 0.5}}},
     "draw.sharpness": {"training": {"draw": {"method": "thompson", "sharpness": 2.0}}},
     "warmup_steps": {"training": {"steps": 3, "warmup_steps": 4}},
+    "needs rollouts of every prompt": {
+        "rollouts": {"pool_share": 0.5},
+        "selection": {"strategy": "pass_rate"},
+    },
+    "leaves prompts without a score": {"rollouts": {"pool_share": 0.5}},
     "rescore=once": {"rescore": "once", "rollouts": {"refresh": "always"}},
     "strategy=full": {"selection": {"strategy": "full", "ratio": 0.5}},
     "projection.dtype": {"projection": {"kind": "none"}},

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -126,6 +127,28 @@ def test_a_stage_that_chooses_among_too_few_fresh_prompts_says_what_to_change(cl
     config = load_config("demo", [*SETTINGS, "rollouts.waking={tokens: 200, keep_stored: false}"])
     with pytest.raises(SelectionError, match=r"Raise rollouts.waking.tokens=200"):
         run_locally(config, root)
+
+
+def test_a_stage_that_samples_a_share_of_the_pool_selects_from_all_of_it(tmp_path):
+    """Later stages may wake prompts that no earlier stage sampled."""
+    share = ["rollouts.pool_share=0.5", "scores.neighbours=3", "selection.strategy=influence"]
+    config = load_config("demo", [*SETTINGS, *share, "training.draw={method: belief}", "ends_with=selection"])
+    record = run_locally(config, tmp_path)
+    store = Store(tmp_path)
+    summary = {slot: store.manifest(entry.ref).summary for slot, entry in record.slots.items()}
+    assert [summary[f"{slot}@1"]["prompts"] for slot in ("prompts/pilot", "rollouts/pool")] == [48, 48]
+    assert (summary["scores@1"]["prompts"], summary["scores@1"]["not_sampled"]) == (96, 48)
+    assert 48 < summary["rollouts/pool@2"]["prompts"] < 96
+    selected = pq.read_table(store.path(record.slots["selection@2"].ref) / "selection.parquet").to_pylist()
+    assert len(selected) == 96
+    sampled = pq.read_table(store.path(record.slots["rollouts/pool@2"].ref) / "parts")["prompt_id"]
+    assert not {row["prompt_id"] for row in selected if row["selected"]} <= set(sampled.to_pylist())
+    planned = rehearse(config, Store(tmp_path / "other"), tmp_path / "folder")
+    counts = {work.slot: work.prompts for work in planned.works}
+    assert [counts[f"{kind}/pool@1"] for kind in ("rollouts", "gradients")] == [48, 48]
+    assert set(record.slots) <= set(counts)
+    assert {str(Slot.parse(slot)) for slot in record.slots} <= set(slot_names(config))
+    assert "too_few_gradable" in render(store, record)
 
 
 @pytest.mark.extended
