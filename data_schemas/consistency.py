@@ -4,6 +4,7 @@ A rule takes the sections that it compares and returns one line for each contrad
 change. :meth:`data_schemas.config.Config.contradictions` applies all rules.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping
 
 from data_schemas.data import Data, MixSource, ReasoningGymSource, TableSource, WorldSource
@@ -277,6 +278,7 @@ def training_processes(training: Training, launch: Launch | None, trl: TrlRuntim
             f"training.prompts_per_step={training.prompts_per_step} is not a multiple of "
             f"runtime.launch.processes={launch.processes}: a group would be split between two processes"
         )
+    faults += _machines(launch)
     if launch.config and launch.sharded:
         faults.append(
             f"runtime.launch.sharded with runtime.launch.config={launch.config}: the file says how weights are "
@@ -288,6 +290,28 @@ def training_processes(training: Training, launch: Launch | None, trl: TrlRuntim
             f"training.{kept} with runtime.launch.{name}: sharded moments cannot be read"
             for kept in training.keeps_moments
         ]
+    return faults
+
+
+def _machines(launch: Launch) -> list[str]:
+    """List what is wrong with the machines of the training processes."""
+    if not launch.machines:
+        return []
+    faults, count = [], 1 + len(launch.machines)
+    if launch.processes % count:
+        faults.append(
+            f"runtime.launch.processes={launch.processes} is not a multiple of the {count} machines, this one and "
+            "those of runtime.launch.machines: each runs the same number"
+        )
+    if launch.address is None:
+        faults.append("runtime.launch.machines without runtime.launch.address, the name of this machine")
+    for machine in launch.machines:
+        try:
+            empty = not shlex.split(machine)
+        except ValueError:
+            empty = True
+        if empty:
+            faults.append(f"runtime.launch.machines: {machine!r} is not a command line")
     return faults
 
 

@@ -26,7 +26,16 @@ class Ray(Section):
 class Launch(Section):
     """Training processes started with ``accelerate launch``."""
 
-    processes: int = Field(default=1, ge=1, le=4096, description="On this machine: one a GPU.")
+    processes: int = Field(default=1, ge=1, le=4096, description="On all machines together: one a GPU.")
+    machines: Annotated[tuple[str, ...], ADVANCED] = Field(
+        default=(),
+        description="Further machines: for each, the command that runs its arguments there, such as `ssh node2`.",
+    )
+    address: Annotated[str | None, ADVANCED] = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9.:_-]+$",
+        description="`machines`: name or address of this machine, which the others reach.",
+    )
     config: str | None = Field(
         default=None,
         description="A file of `accelerate config` (FSDP, DeepSpeed); empty: data parallel, or `sharded`.",

@@ -6,6 +6,7 @@ server, so every setting that names code is checked against the operator's setti
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from prefect.runtime import deployment
@@ -52,6 +53,8 @@ def check_code(config: Config) -> None:
         return
     if config.training.command is not None:
         check_command(config.training.command.run)
+    for machine in config.runtime.launch.machines if config.runtime.launch else ():
+        check_command(shlex.split(machine), "runtime.launch.machines")
     vllm = config.runtime.vllm
     if vllm.python is not None:
         check_allowed(f"runtime.vllm.python={vllm.python}", Path(vllm.python).expanduser())

@@ -1,5 +1,6 @@
 from .boxes import closed_boxes as closed_boxes
 from .boxes import outermost_boxes as outermost_boxes
+from .commands import COMMANDS as COMMANDS
 from .commands import check_command as check_command
 from .functions import ALLOWED as ALLOWED
 from .functions import ANYWHERE as ANYWHERE

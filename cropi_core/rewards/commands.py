@@ -1,4 +1,4 @@
-"""The operator's rule for commands that a configuration names (``training.command``).
+"""The operator's rule for commands that a configuration names (``training.command``, ``runtime.launch.machines``).
 
 A command is code, as a reward function is. Its arguments are the configuration's, so the operator allows programs, not
 directories: a directory may hold an interpreter or an installer.
@@ -20,8 +20,12 @@ every command may run; `*` allows every command, and directories allow none.
 """
 
 
-def check_command(run: Sequence[str]) -> None:
+def check_command(run: Sequence[str], setting: str = "training.command") -> None:
     """Check that this machine's operator allows a command.
+
+    Args:
+        run: The command.
+        setting: Setting that names it.
 
     Raises:
         ConfigError: The operator does not allow it.
@@ -35,7 +39,7 @@ def check_command(run: Sequence[str]) -> None:
     if ANYWHERE in listed or (program is not None and Path(program).absolute() in allowed):
         return
     raise ConfigError(
-        f"training.command runs {program or run[0]}, and this machine allows it to no configuration ({COMMANDS} is "
+        f"{setting} runs {program or run[0]}, and this machine allows it to no configuration ({COMMANDS} is "
         f"{programs!r}, {ALLOWED} is {functions!r}). The operator of the server or worker lists the programs in "
         f"{COMMANDS}; a run cannot"
     )

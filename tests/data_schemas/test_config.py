@@ -187,3 +187,13 @@ def test_a_field_that_came_later_is_part_of_a_key_only_where_it_is_set():
     assert Outer(named={"a": Inner()}).for_key() == {"inner": {"old": 1}, "named": {"a": {"old": 1}}}
     assert Outer(inner=Inner(new=2)).for_key() == {"inner": {"old": 1, "new": 2}, "named": {}}
     assert Outer(named={"a": Inner(new=0)}).for_key()["named"] == {"a": {"old": 1, "new": 0}}
+
+
+def test_training_processes_are_shared_out_over_machines():
+    launch = {"processes": 2, "machines": ["ssh node2", ""]}
+    with pytest.raises(ValidationError) as raised:
+        config(training={"prompts_per_step": 6}, runtime={"launch": launch})
+    told = str(raised.value)
+    assert "runtime.launch.processes=2 is not a multiple of the 3 machines" in told
+    assert "runtime.launch.machines without runtime.launch.address" in told
+    assert "runtime.launch.machines: '' is not a command line" in told

@@ -398,14 +398,18 @@ def test_arguments_of_vllm_are_sizes():
     assert trust.foreign_settings(Vllm(arguments=["--max-num=5"])) == ["--max-num"]  # an abbreviation
 
 
-def test_a_run_through_a_server_runs_no_command_unless_the_operator_lists_its_program(monkeypatch):
+@pytest.mark.parametrize("setting", ["training.command", "runtime.launch.machines"])
+def test_a_run_through_a_server_runs_no_command_unless_the_operator_lists_its_program(monkeypatch, setting):
     command = {"run": ["true", "{policy}"], "version": "1"}
     config = tiny_config(training={"engine": "command", "command": command, "prompts_per_step": 4})
+    if setting == "runtime.launch.machines":
+        launch = {"processes": 2, "machines": ["true node2"], "address": "node1"}
+        config = tiny_config(runtime={"device": "cpu", "launch": launch})
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "x")
     monkeypatch.delenv("CROPI_COMMANDS", raising=False)
     for directories in ("", "/srv/rewards", str(Path("/bin").resolve())):
         monkeypatch.setenv("CROPI_FUNCTIONS", directories)
-        with pytest.raises(ConfigError, match="CROPI_COMMANDS"):
+        with pytest.raises(ConfigError, match=f"{setting} runs .*CROPI_COMMANDS"):
             trust.check_code(config)
     monkeypatch.setenv("CROPI_COMMANDS", str(shutil.which("true")))
     trust.check_code(config)

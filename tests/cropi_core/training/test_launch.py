@@ -1,5 +1,6 @@
 """Training with several processes gives the result of one process, and no process outlives its parent."""
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ pytest.importorskip("trl", reason="training needs the extra `train`")
 
 from cropi_core.errors import ConfigError
 from cropi_core.progress import Progress
-from cropi_core.training.launch import command_line, launched
+from cropi_core.training.launch import command_lines, launched, main, remote_command
 from cropi_core.training.metrics import TrainingError
 from cropi_core.training.ranks import Processes
 from data_schemas.runtime import Launch
@@ -92,10 +93,13 @@ def test_weights_in_shards_give_what_whole_ones_give(shared: Path, alone):
 
 
 @pytest.mark.slow
-def test_an_adapter_over_two_processes(workspace: Path):
+def test_an_adapter_over_two_machines(workspace: Path):
     lora = Training.model_validate(SMALL.model_dump() | {"lora": {"r": 4}})
     _, one = run(workspace, "one", Launch(processes=1), training=lora)
-    _, two = run(workspace, "two", Launch(processes=2), training=lora)
+    # Each a machine of its own: a launcher here, and one that a command starts.
+    machines = Launch(processes=2, machines=("env MACHINE=2",), address="127.0.0.1")
+    _, two = run(workspace, "two", machines, training=lora)
+    assert (workspace / "two" / "logs" / "training-1.log").is_file()
     assert close(one, two) < 1e-4
     assert (two / "checkpoint" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -131,7 +135,8 @@ run(Path({str(workspace)!r}), "killed", Launch(processes=2), training=SMALL.mode
 def test_the_output_of_a_process_is_shown_and_kept(workspace: Path):
     (workspace / "policy" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(
-        TrainingError, match=r"2 training processes ended with exit 1: .*model\.safetensors|loaded"
+        TrainingError,
+        match=r"2 training processes ended, this machine with exit 1: .*model\.safetensors|loaded",
     ) as told:
         run(workspace, "broken", Launch(processes=2))
     log = workspace / "broken" / "logs" / "training.log"
@@ -141,12 +146,43 @@ def test_the_output_of_a_process_is_shown_and_kept(workspace: Path):
 
 def test_the_accounts_configuration_is_not_used(tmp_path: Path):
     job = tmp_path / "job.json"
-    command = command_line(Launch(processes=2), "cpu", "bfloat16", tmp_path, job)
+    (command,) = command_lines(Launch(processes=2), "cpu", "bfloat16", tmp_path, job)
     assert command[command.index("--config_file") + 1] == str(tmp_path / "accelerate.yaml")
     assert command[command.index("--mixed_precision") + 1] == "bf16"
     assert command[-3:] == ["-m", "cropi_core.training.launch", str(job)]
     with pytest.raises(ConfigError, match="is not a file"):
-        command_line(Launch(processes=2, config="nowhere.yaml"), "cpu", "float32", tmp_path, job)
+        command_lines(Launch(processes=2, config="nowhere.yaml"), "cpu", "float32", tmp_path, job)
+
+
+def test_a_machine_that_fails_ends_the_others_and_says_why(workspace: Path):
+    launch = Launch(processes=2, machines=("ls --no-such-option",), address="127.0.0.1")
+    with pytest.raises(
+        TrainingError, match=r"'?ls --no-such-option'? with exit \d: .*ls --help.*training-1\.log"
+    ):
+        run(workspace, "broken", launch)
+    with pytest.raises(ConfigError, match=r"'no-such-program b' cannot be started"):
+        run(workspace, "broken", launch.model_copy(update={"machines": ("no-such-program b",)}))
+
+
+def test_the_command_of_another_machine_has_no_word_that_a_shell_changes():
+    command = remote_command(
+        "ssh node2", ["python", "-I", "/a/job.json"], {"PYTHONSAFEPATH": "1", "KEY": "k"}
+    )
+    assert command == ["ssh", "node2", "env", "PYTHONSAFEPATH=1", "python", "-I", "/a/job.json"]
+    with pytest.raises(ConfigError, match=r"'/a root/job\.json' has a character"):
+        remote_command("ssh node2", ["python", "/a root/job.json"], {})
+
+
+def test_too_few_processes_and_a_root_that_a_machine_does_not_reach_are_errors(
+    tmp_path: Path, capsys, monkeypatch
+):
+    # accelerate's launcher for MULTI_CPU starts one process, whatever the number
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "job.json").write_text(json.dumps({"rules": {}, "processes": 2}))
+    assert main(tmp_path / "job.json") == 1
+    assert "the launcher started 1 processes, and runtime.launch asks for 2" in capsys.readouterr().err
+    assert main(tmp_path / "elsewhere" / "job.json") == 1
+    assert "training on several machines needs a root" in capsys.readouterr().err
 
 
 def test_a_process_trains_its_part_of_a_batch():
