@@ -91,6 +91,7 @@ from .tables import ROLLOUTS_OPTIONAL as ROLLOUTS_OPTIONAL
 from .tables import SCORE_FIXED as SCORE_FIXED
 from .tables import SELECTION as SELECTION
 from .tables import STATUSES as STATUSES
+from .tables import TRAINED as TRAINED
 from .tables import rollouts_schema as rollouts_schema
 from .tables import scores_schema as scores_schema
 from .training import Draw as Draw

@@ -111,6 +111,22 @@ GROUPS = pa.schema(
 they differ, the probability of that which was expected, and whether the stage trained on the group.
 """
 
+TRAINED = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), False),
+        pa.field("step", pa.int32(), False),
+        pa.field("policy_step", pa.int32(), False),
+        pa.field("status", pa.string(), False),
+        pa.field("norm", pa.float32()),
+        pa.field("mean_reward", pa.float32()),
+        pa.field("tokens", pa.int32(), False),
+        pa.field("cosine", pa.float32()),
+    ]
+)
+"""One row per group whose feature a stage collected: the optimizer step that trained on it, the steps that the policy
+of the feature had taken, status and norm of the feature, and its cosine to the feature of the prompt's group before.
+"""
+
 EVALUATION = pa.schema(
     [
         pa.field("set", pa.string(), False),

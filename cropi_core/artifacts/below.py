@@ -127,7 +127,7 @@ def read_below(root: Path, name: str, most: int) -> bytes:
     return data
 
 
-def write_below(root: Path, name: str, text: str) -> Path:
+def write_below(root: Path, name: str, content: str | bytes) -> Path:
     """Write a small file below ``root`` atomically; a link with that name is replaced, not followed."""
     path = checked_name(name)
     with directory_below(root, str(path.parent), create=True) as directory:
@@ -137,7 +137,7 @@ def write_below(root: Path, name: str, text: str) -> Path:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             with os.fdopen(os.open(temporary, flags, 0o666, dir_fd=directory), "wb") as stream:
-                stream.write(text.encode("utf-8"))
+                stream.write(content.encode("utf-8") if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -103,9 +103,9 @@ def _writable(value: Any) -> Any:
     return value
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file atomically: a reader sees the old text or the new text."""
-    write_below(path.parent, path.name, text)
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a small file atomically: a reader sees the old content or the new content."""
+    write_below(path.parent, path.name, content)
 
 
 def read_manifest(text: str | bytes, where: object) -> Manifest:

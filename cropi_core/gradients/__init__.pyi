@@ -1,5 +1,8 @@
 from .extract import extract_gradients as extract_gradients
+from .groups import NOT_FINITE as NOT_FINITE
 from .groups import OK as OK
+from .groups import TOO_FEW_GRADABLE as TOO_FEW_GRADABLE
+from .groups import ZERO_VARIANCE as ZERO_VARIANCE
 from .groups import Group as Group
 from .groups import batch_groups as batch_groups
 from .groups import group_rollouts as group_rollouts
@@ -10,6 +13,8 @@ from .layers import parameter_names as parameter_names
 from .lm_head import PIECE_BYTES as PIECE_BYTES
 from .moments import save_moments as save_moments
 from .moments import second_moments as second_moments
+from .objective import divergence as divergence
+from .objective import effective_sample_size as effective_sample_size
 from .projection import folded_sizes as folded_sizes
 from .reader import HALF_LIMIT as HALF_LIMIT
 from .reader import in_order as in_order
@@ -19,3 +24,6 @@ from .shard_pool import ATTEMPTS as ATTEMPTS
 from .shard_pool import shards_failed as shards_failed
 from .shards import compute_shard as compute_shard
 from .store import GradientStore as GradientStore
+from .trained import gather_passes as gather_passes
+from .trained import merge_trained as merge_trained
+from .training_pass import TrainingPass as TrainingPass

@@ -12,22 +12,20 @@ with a parameter that trains is an error.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cropi_core.errors import ProjectionError
 from cropi_core.gradients.attention import NAME, attending
-from cropi_core.gradients.hooks import AffineHook, EmbeddingHook, Hook, LinearHook, Pass
+from cropi_core.gradients.hooks import HeadHook, Hook, Pass, module_hook
 from cropi_core.gradients.layers import parameter_names
 from cropi_core.gradients.lm_head import Head, Weigh
-from cropi_core.gradients.norms import Affine
 from cropi_core.gradients.packing import Pack
-from cropi_core.gradients.projection import ParameterSketch, build_sketches, dimension, fold, width
+from cropi_core.gradients.projection import build_sketches, dimension, fold, width
 from cropi_core.gradients.recompute import recomputing
 from data_schemas import Layers, Projection
 
@@ -70,6 +68,7 @@ class FeatureEngine:
         self._pass: Pass | None = None
         self._handles: list[Any] = []
         self.head = Head(self.model, last=layers == "head")
+        self._head_hook = HeadHook.make(self.head.module, self._names, self.sketches)
         self.model.set_attn_implementation(NAME)
         # Hooks need the gradient of a module's output even if nothing before it trains; see _start_graph().
         for parameter in self.model.parameters():
@@ -132,7 +131,7 @@ class FeatureEngine:
                     pack.target_bounds,
                     temperature,
                     weigh,
-                    self._add_head,
+                    partial(self._head_hook.add, self._pass),
                 )
                 if head_gradient is not None:
                     hidden_gradient = torch.zeros_like(hidden)
@@ -164,11 +163,6 @@ class FeatureEngine:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _sketch(self, parameter: Any) -> ParameterSketch | None:
-        """Return the sketch of a parameter; None if it does not train."""
-        name = self._names.get(id(parameter))
-        return self.sketches[name] if name is not None else None
-
     def _attach(self, module: nn.Module) -> list[str]:
         """Attach a hook for a module's own parameters; return the names of the parameters it covers."""
         parameters = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in self._names}
@@ -180,8 +174,8 @@ class FeatureEngine:
                 self._handles.append(module.register_forward_hook(_start_graph))
             return []
         if module is self.head.module:
-            return names  # its forward is never called: _add_head adds its gradient
-        hook = self._hook(module, parameters)
+            return names  # its forward is never called: _head_hook adds its gradient
+        hook = module_hook(module, parameters, self._names, self.sketches)
 
         def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # With recomputation, a backward pass calls a layer again; the hook is on the first output.
@@ -195,25 +189,6 @@ class FeatureEngine:
         self._handles.append(module.register_forward_hook(forward_hook))
         return names
 
-    def _hook(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> Hook:
-        """Choose the hook for a module with parameters that train.
-
-        Raises:
-            ProjectionError: No hook supports the module.
-        """
-        sketches = {key: self.sketches[self._names[id(p)]] for key, p in parameters.items()}
-        if isinstance(module, nn.Embedding) and "weight" in sketches:
-            return EmbeddingHook(module, sketches["weight"])
-        if isinstance(module, nn.Linear | Conv1D):
-            return LinearHook(module, sketches.get("weight"), sketches.get("bias"))
-        if affine := Affine.from_module(module, parameters):
-            return AffineHook(module, affine, sketches)
-        shapes = ", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in parameters.values())
-        raise ProjectionError(
-            f"a module of type {type(module).__name__} with the parameters {shapes} is not supported; linear layers, "
-            "embeddings, Conv1D and elementwise affine norms are. Freeze its parameters to exclude them"
-        )
-
     def _add(self, hook: Hook, names: list[str], kept: Any, gradient: Tensor) -> None:
         """Add a module's contribution once the backward pass has the gradient of its output."""
         assert self._pass is not None
@@ -221,40 +196,6 @@ class FeatureEngine:
             # Most modules output (1, N, m); some flatten it first.
             hook.add(kept, gradient.reshape(-1, gradient.shape[-1]), self._pass)
         self._pass.reached.update(names)
-
-    def _add_head(self, prompts: range, gradient: Tensor, source: Tensor) -> None:
-        """Add the output layer's contribution for a piece of prompts."""
-        current = self._pass
-        assert current is not None
-        head, out = self.head.module, current.out[prompts.start : prompts.stop]
-        bounds = [b - current.pack.target_bounds[prompts.start] for b in current.pack.target_bounds]
-        bounds = bounds[prompts.start : prompts.stop + 1]
-        total = bounds[-1]
-        if total != len(source):  # a piece of one long prompt
-            bounds = [0, len(source)]
-        weight, bias = self._sketch(head.weight), self._sketch(head.bias)
-        if weight is not None:
-            left, right = weight.reduce_left(gradient), weight.reduce_right(source)
-            if total == len(source):
-                weight.add_outer(left, right, bounds, out)
-            else:
-                self._add_head_piece(weight, left.float().T @ right.float(), len(source), total, out[0])
-            current.reached.add(weight.name)
-        if bias is not None:
-            bias.add_vector(torch.stack([gradient[a:b].sum(0) for a, b in pairwise(bounds)]), out)
-            current.reached.add(bias.name)
-
-    def _add_head_piece(
-        self, weight: ParameterSketch, block: Tensor, tokens: int, total: int, out: Tensor
-    ) -> None:
-        """Sum the pieces of a long prompt, and sketch the sum once: its adds are scattered, those of a sum are not."""
-        current = self._pass
-        assert current is not None
-        current.head_tokens += tokens
-        current.head_block = block if current.head_block is None else current.head_block.add_(block)
-        if current.head_tokens == total:
-            weight.add_block(current.head_block, out)
-            current.head_block, current.head_tokens = None, 0
 
 
 @contextmanager

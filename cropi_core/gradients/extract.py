@@ -7,7 +7,6 @@ is exactly zero or undefined are not run; their status gives the reason.
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,15 +18,16 @@ import pyarrow.compute
 
 from cropi_core.errors import ConfigError, DataError
 from cropi_core.gradients.engine import FeatureEngine
-from cropi_core.gradients.groups import OK, Group, group_rollouts
+from cropi_core.gradients.groups import Group, group_rollouts
 from cropi_core.gradients.job import FeatureSettings, Job, ShardPlan, Spread
 from cropi_core.gradients.self_checks import self_test
 from cropi_core.gradients.shards import compute_here, compute_in_workers, load_engine
 from cropi_core.gradients.store import GradientStore
+from cropi_core.gradients.summary import summarise
 from cropi_core.policy import Checkpoint, release_device
 from cropi_core.progress import Progress, Report, silent
 from cropi_core.rollouts import read_rollouts, sampling_of
-from data_schemas import STATUSES, Runtime
+from data_schemas import Runtime
 
 pc: Any = pyarrow.compute  # its functions are made at import time; type checkers see none of them
 
@@ -82,7 +82,7 @@ def extract_gradients(
     release_device(runtime.device)
     _fill(plan, store, groups, run, report)
     store.finish()
-    return _summarise(GradientStore.open(out), attributes, Counter(table["prompt_id"].to_pylist()))
+    return summarise(GradientStore.open(out), attributes, Counter(table["prompt_id"].to_pylist()))
 
 
 def check_vocabulary(table: pa.Table, size: int, what: str) -> None:
@@ -158,38 +158,3 @@ def _fill(plan: ShardPlan, store: GradientStore, groups: list[Group], run: Sprea
     report(Progress(len(groups) - left, len(groups), "prompt"))
     if missing:
         run(plan, missing, report_shard)
-
-
-def _summarise(
-    store: GradientStore, attributes: dict[str, Any], samples: Mapping[str, int]
-) -> dict[str, Any]:
-    """Count and average the store's columns for the manifest; ``samples`` counts the completions of each prompt."""
-    status = store.column("status")
-    ok = status == OK
-
-    def median(name: str) -> float | None:
-        values = store.column(name)[ok]
-        return float(np.median(values)) if len(values) else None
-
-    def mean(name: str) -> float | None:
-        return float(np.nanmean(store.column(name)[ok])) if ok.any() else None
-
-    # Groups differ in size if the pool was sampled in passes.
-    sizes = np.array([samples[str(name)] for name in store.column("prompt_id")[ok]])
-    return {
-        "prompts": store.n,
-        "k": store.k,
-        "status": {name: int((status == i).sum()) for i, name in enumerate(STATUSES)},
-        "tokens": int(store.column("tokens").sum()),
-        "median_norm": median("norm"),
-        "median_ess": median("ess"),
-        "median_ess_share": float(np.median(store.column("ess")[ok] / sizes)) if ok.any() else None,
-        "kl": mean("kl"),
-        "kl_k1": mean("kl_k1"),
-        "max_ratio": float(np.nanmax(store.column("max_ratio")[ok])) if ok.any() else None,
-        "mean_clip_fraction": mean("clip_fraction"),
-        "median_entropy": median("entropy"),
-        "coverage": attributes["coverage"],
-        "parameters": attributes["parameters"],
-        "left_out": attributes["left_out"],
-    }

@@ -2,7 +2,8 @@
 
 One class for each way that a parameter enters a layer: :class:`LinearHook`, :class:`EmbeddingHook`,
 :class:`AffineHook`. All have two methods, each called once per pass by
-:class:`cropi_core.gradients.engine.FeatureEngine`:
+:class:`cropi_core.gradients.engine.FeatureEngine`, or by :class:`cropi_core.gradients.training_pass.TrainingPass`
+in the passes of a trainer:
 
 * ``keep(source)`` in the forward pass: return the part of the layer's input that the sketches need.
 * ``add(kept, gradient, current)`` in the backward pass: add the layer's contribution to the accumulators.
@@ -10,7 +11,9 @@ One class for each way that a parameter enters a layer: :class:`LinearHook`, :cl
 A hook holds no state of a pass. The gradient of a weight matrix is never formed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +25,27 @@ from cropi_core.gradients.packing import Pack
 from cropi_core.gradients.projection import ParameterSketch
 
 
+@dataclass(frozen=True)
+class Spans:
+    """The tokens of a trainer's padded micro-batch, without the padding and ordered by prompt.
+
+    Attributes:
+        ids: (N,) token ids.
+        bounds: Start of each prompt's tokens, and the end of the last prompt's; P + 1.
+        target_bounds: Start of each prompt's completion tokens, and the end; P + 1.
+    """
+
+    ids: Tensor
+    bounds: list[int]
+    target_bounds: list[int]
+
+
 @dataclass
 class Pass:
     """State of one forward and backward pass.
 
     Attributes:
-        pack: The completions.
+        pack: The completions, or the spans of a trainer's.
         out: (prompts, width) accumulators.
         indicator: (prompts, N) float32, 1 where a token belongs to the prompt.
         reached: Names of the parameters that have contributed.
@@ -37,7 +55,7 @@ class Pass:
         head_tokens: Number of tokens in ``head_block``.
     """
 
-    pack: Pack
+    pack: Pack | Spans
     out: Tensor
     indicator: Tensor
     reached: set[str] = field(default_factory=set)
@@ -121,6 +139,88 @@ class AffineHook:
 
 
 Hook = LinearHook | EmbeddingHook | AffineHook
+
+
+class HeadHook:
+    """Sketch the output layer from the gradient of its logits, which comes in pieces."""
+
+    def __init__(self, weight: ParameterSketch | None, bias: ParameterSketch | None) -> None:
+        """Take the sketches of weight and bias; None for one that does not train."""
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def make(
+        cls, module: nn.Linear, names: Mapping[int, str], sketches: Mapping[str, ParameterSketch]
+    ) -> "HeadHook":
+        """Find the sketches of an output layer; the arguments are those of :func:`module_hook`."""
+        found = [names.get(id(parameter)) for parameter in (module.weight, module.bias)]
+        weight, bias = (None if name is None else sketches[name] for name in found)
+        return cls(weight, bias)
+
+    def add(self, current: Pass, prompts: range, gradient: Tensor, source: Tensor) -> None:
+        """Add the contribution of a piece of prompts.
+
+        Args:
+            current: The pass.
+            prompts: Consecutive prompts, or one whose tokens are cut into several pieces.
+            gradient: (tokens, vocabulary) gradient of the logits.
+            source: (tokens, d) inputs of the output layer.
+        """
+        out, begin = current.out[prompts.start : prompts.stop], current.pack.target_bounds[prompts.start]
+        bounds = [b - begin for b in current.pack.target_bounds[prompts.start : prompts.stop + 1]]
+        total = bounds[-1]
+        if total != len(source):  # a piece of one long prompt
+            bounds = [0, len(source)]
+        if self.weight is not None:
+            left, right = self.weight.reduce_left(gradient), self.weight.reduce_right(source)
+            if total == len(source):
+                self.weight.add_outer(left, right, bounds, out)
+            else:
+                self._add_piece(current, left.float().T @ right.float(), len(source), total, out[0])
+            current.reached.add(self.weight.name)
+        if self.bias is not None:
+            self.bias.add_vector(torch.stack([gradient[a:b].sum(0) for a, b in pairwise(bounds)]), out)
+            current.reached.add(self.bias.name)
+
+    def _add_piece(self, current: Pass, block: Tensor, tokens: int, total: int, out: Tensor) -> None:
+        """Sum the pieces of a long prompt, and sketch the sum once: its adds are scattered, those of a sum are not."""
+        assert self.weight is not None
+        current.head_tokens += tokens
+        current.head_block = block if current.head_block is None else current.head_block.add_(block)
+        if current.head_tokens == total:
+            self.weight.add_block(current.head_block, out)
+            current.head_block, current.head_tokens = None, 0
+
+
+def module_hook(
+    module: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    names: Mapping[int, str],
+    sketches: Mapping[str, ParameterSketch],
+) -> Hook:
+    """Choose the hook for a module with parameters that train.
+
+    Args:
+        module: The module.
+        parameters: Its own parameters that train, by attribute.
+        names: Name of each parameter that trains, by the parameter's ``id``.
+        sketches: Sketch of each of them, by name.
+
+    Raises:
+        ProjectionError: No hook supports the module.
+    """
+    own = {key: sketches[names[id(p)]] for key, p in parameters.items()}
+    if isinstance(module, nn.Embedding) and "weight" in own:
+        return EmbeddingHook(module, own["weight"])
+    if isinstance(module, nn.Linear | Conv1D):
+        return LinearHook(module, own.get("weight"), own.get("bias"))
+    if affine := Affine.from_module(module, parameters):
+        return AffineHook(module, affine, own)
+    shapes = ", ".join(f"{names[id(p)]} {tuple(p.shape)}" for p in parameters.values())
+    raise ProjectionError(
+        f"a module of type {type(module).__name__} with the parameters {shapes} is not supported; linear layers, "
+        "embeddings, Conv1D and elementwise affine norms are. Freeze its parameters to exclude them"
+    )
 
 
 @torch.no_grad()

@@ -108,6 +108,36 @@ class Head:
         pieces = [piece for piece in gradients if piece is not None]
         return torch.cat(pieces) if pieces else None
 
+    def project(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        bounds: list[int],
+        temperature: float,
+        weights: Tensor,
+        deliver: Deliver,
+    ) -> None:
+        """Deliver the gradient of the logits for weights that are known; the arguments are those of :meth:`backward`.
+
+        Args:
+            hidden: (tokens, d), without a graph.
+            targets: (tokens,) ids.
+            bounds: Start of each prompt's tokens, and the end of the last prompt's.
+            temperature: Sampling temperature of the distribution.
+            weights: (tokens,) weights c.
+            deliver: Called for every piece; a long prompt has several.
+        """
+        for prompts in self._pieces(bounds):
+            for start in range(bounds[prompts.start], bounds[prompts.stop], self.piece):
+                part = slice(start, min(start + self.piece, bounds[prompts.stop]))
+                self._piece(
+                    hidden[part],
+                    targets[part],
+                    temperature,
+                    lambda *_, part=part: weights[part],
+                    partial(deliver, prompts),
+                )
+
     def _pieces(self, bounds: list[int]) -> list[range]:
         """Cut the prompts into runs that fit a piece; a prompt longer than a piece forms its own run."""
         runs, start = [], 0

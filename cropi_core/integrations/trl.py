@@ -1,23 +1,30 @@
-"""A dataset for TRL's trainers that follows a selection.
+"""For TRL's trainers: a dataset that follows a selection, and a callback that collects features while they train.
 
-from cropi_core.integrations.trl import selected_dataset
+from cropi_core.integrations.trl import InfluenceCallback, selected_dataset
 
 dataset = selected_dataset("chosen", root="/data/cropi")
 trainer = GRPOTrainer(model, reward_funcs=correct, args=config, train_dataset=dataset)
+callback = InfluenceCallback(trainer, "features")
+trainer.add_callback(callback)
+trainer.train()
+trainer.save_model("trained")
+callback.write("trained.zarr", policy="trained")
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Features, IterableDataset
 
 from cropi_core.artifacts import Store
-from cropi_core.errors import ArtifactError
+from cropi_core.errors import ArtifactError, ConfigError
 from cropi_core.exporting import selected_prompts
+from cropi_core.policy import Checkpoint
 from cropi_core.prompts import TRL_SCHEMA, trl_record
 from cropi_core.runs import list_runs, load_run, resolve_key
-from data_schemas import Slot
+from cropi_core.training import FeatureCollector
+from data_schemas import Layers, Objective, Projection, Slot
 
 
 def selected_dataset(name: str, root: Path | str = ".cropi") -> IterableDataset:
@@ -67,3 +74,73 @@ def _newest(store: Store, name: str) -> str:
             f"{name} is {manifest.key}, which is not a selection that a run made; name a run, or a tag of its selection"
         )
     return manifest.key
+
+
+class InfluenceCallback(FeatureCollector):
+    """Collects a feature of every group that TRL's ``GRPOTrainer`` trains on, from the passes of the training.
+
+    The features are those that ``cropi gradients`` computes for the same completions. :meth:`write` makes a gradient
+    store of them, which ``cropi scores`` compares with the gradients of validation sets under the trained policy, so
+    that a choice among these prompts needs no further pass over them. The loss, the gradients and the optimizer steps
+    are not changed.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        directory: Path | str,
+        *,
+        projection: Projection = Projection(),
+        layers: Layers = "all",
+        objective: Objective | None = None,
+    ) -> None:
+        """Surround the methods of a trainer, before it trains.
+
+        Args:
+            trainer: The trainer. Its dataset has the column ``prompt_id``.
+            directory: Directory of the features until :meth:`write`: a file for each pass over a generation batch.
+            projection: Kind, size and seed of the projection, as for the gradients that the features are compared with.
+            layers: Layers whose gradients are projected.
+            objective: Objective of the gradients that the features are compared with; None takes the trainer's loss.
+
+        Raises:
+            ConfigError: Features cannot be collected with the settings of the trainer, or its loss is not that of
+                ``objective``.
+        """
+        super().__init__(trainer, projection, Path(directory), layers, _prompt_id)
+        scaled = trainer.scale_rewards != "none"
+        self.objective = objective or Objective(loss_type=trainer.loss_type, scale_rewards=scaled)
+        given = self.objective.loss_type, self.objective.scale_rewards
+        if given != (trainer.loss_type, scaled):
+            raise ConfigError(
+                f"objective has loss_type={given[0]} and scale_rewards={given[1]}, and the trainer has "
+                f"loss_type={trainer.loss_type} and scale_rewards={trainer.scale_rewards}. Make them equal"
+            )
+
+    def write(self, out: Path | str, policy: Path | str) -> dict[str, Any]:
+        """Write the newest feature of every prompt as a gradient store, and the table of all groups next to it.
+
+        Args:
+            out: The store, such as ``trained.zarr``; the table is ``trained.parquet``.
+            policy: Checkpoint of the trained policy. The features count as its features, although each is of the policy
+                a few steps before; the table has the steps.
+
+        Returns:
+            Summary: number of prompts, groups and groups with a gradient, and the median cosine of two groups of one
+            prompt that follow each other.
+
+        Raises:
+            DataError: The trainer has not finished a step.
+        """
+        digest = Checkpoint(Path(policy)).content_digest()
+        out = Path(out)
+        return self.gather(out, out.with_suffix(".parquet"), self.objective, digest)
+
+
+def _prompt_id(row: Mapping[str, Any]) -> str:
+    if "prompt_id" not in row:
+        raise ConfigError(
+            f"a row of the trainer's dataset has the columns {', '.join(sorted(row))} and not prompt_id, so its "
+            "feature has no name. Add the column, or use selected_dataset"
+        )
+    return str(row["prompt_id"])

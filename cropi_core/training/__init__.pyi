@@ -1,3 +1,4 @@
+from .features import FeatureCollector as FeatureCollector
 from .files import StageFiles as StageFiles
 from .launch import launched as launched
 from .stage import train as train

@@ -7,13 +7,20 @@ import pytest
 from cropi_core.artifacts.keys import content_digest, file_entries
 from cropi_core.artifacts.store import Store
 from cropi_core.curriculum.execution import provenance
-from cropi_core.errors import ArtifactError
+from cropi_core.errors import ArtifactError, ConfigError
+from cropi_core.gradients.extract import extract_gradients
+from cropi_core.gradients.job import FeatureSettings
+from cropi_core.gradients.store import GradientStore
 from cropi_core.importing.artifacts import import_artifact
-from cropi_core.integrations.trl import selected_dataset
+from cropi_core.integrations.trl import InfluenceCallback, selected_dataset
+from cropi_core.policy.checkpoint import Checkpoint
 from cropi_core.runs.records import new_run, save_run
+from cropi_core.scores.influence import score
+from data_schemas.gradients import Projection
 from data_schemas.records import Manifest, SlotRecord
 from data_schemas.steps import artifact_key
 from data_schemas.tables import SELECTION
+from tests.support.models import random_rollouts
 from tests.support.tiny import tiny
 from tests.support.training import write_policy, write_tables
 
@@ -88,7 +95,7 @@ def test_another_name_is_refused_at_once(place):
 
 
 @pytest.mark.slow
-def test_the_trainer_follows_the_selection_from_pass_to_pass(place, tmp_path):
+def test_the_trainer_follows_the_selection_and_leaves_features(place, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     store, ids, _, second = place
@@ -98,7 +105,10 @@ def test_the_trainer_follows_the_selection_from_pass_to_pass(place, tmp_path):
         seen.append(prompt_id)
         if len(seen) == 2:  # the first pass is over with its second batch of two prompts
             store.tag("chosen", second.key)
-        return [float(text[0]["content"] == one) for text, one in zip(completions, solution, strict=True)]
+        return [
+            float(text[0]["content"] == one) + i / 8
+            for i, (text, one) in enumerate(zip(completions, solution, strict=True))
+        ]
 
     trainer = GRPOTrainer(
         model=str(write_policy(tmp_path / "policy", 0)),
@@ -118,6 +128,34 @@ def test_the_trainer_follows_the_selection_from_pass_to_pass(place, tmp_path):
         ),
         train_dataset=selected_dataset("chosen", store.root),
     )
+    sketch = Projection(k=64, min_side=4)
+    callback = InfluenceCallback(trainer, tmp_path / "features", projection=sketch)
+    trainer.add_callback(callback)
     trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
     assert seen[:2] == [[ids[4], ids[4], ids[3], ids[3]], [ids[2], ids[2], ids[1], ids[1]]]
     assert seen[2:4] == [[ids[6], ids[6], ids[7], ids[7]], [ids[8], ids[8], ids[9], ids[9]]]
+
+    # Its features are scored against a validation set under the trained policy by the public functions.
+    summary = callback.write(tmp_path / "trained.zarr", policy=tmp_path / "trained")
+    assert (summary["prompts"], summary["groups"], summary["groups_ok"]) == (8, 8, 8)
+    rows = pq.read_table(tmp_path / "trained.parquet").to_pylist()
+    assert [(row["prompt_id"], row["step"]) for row in rows[:3]] == [(ids[4], 1), (ids[3], 1), (ids[2], 2)]
+    assert GradientStore.open(tmp_path / "trained.zarr").column("prompt_id").tolist()[-1] == ids[9]
+    extract_gradients(
+        policy=Checkpoint(tmp_path / "trained"),
+        rollouts=random_rollouts(tmp_path / "goal.parquet", vocabulary=8),
+        out=tmp_path / "goal.zarr",
+        settings=FeatureSettings(objective=callback.objective, projection=sketch),
+    )
+    score(
+        train=tmp_path / "trained.zarr",
+        validation={"goal": tmp_path / "goal.zarr"},
+        out=tmp_path / "scores.parquet",
+    )
+    scored = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert sorted(row["rank"] for row in scored) == list(range(1, 9))
+
+    other = callback.objective.model_copy(update={"loss_type": "grpo"})
+    with pytest.raises(ConfigError, match="Make them equal"):
+        InfluenceCallback(trainer, tmp_path, objective=other)
