@@ -162,6 +162,7 @@ def rollouts_step(work: Work) -> dict[str, Any]:
             settings.engine,
             settings.passes,
             settings.samples_by_source,
+            keep_checksums=True,
         ),
         grading=grading_of(work.spec),
         runtime=work.runtime,

@@ -57,8 +57,8 @@ class RolloutPlan:
         engine: The sampler: transformers in this process, or vLLM servers.
         passes: Sample in passes, at most ``sampling.samples`` completions of a prompt; None samples all of them.
         by_source: Number of samples by source of the prompts; others get ``sampling.samples``. Not with ``passes``.
-        keep_checksums: Keep the checksums of the parts, which a step that samples several sets needs to resume from
-            those that are complete.
+        keep_checksums: Keep the checksums of the parts after the last one, and use only parts that have one: a step's
+            workspace, which can change until its manifest is written.
     """
 
     sampling: Sampling
@@ -118,7 +118,7 @@ def sample_rollouts(
     out.mkdir(parents=True, exist_ok=True)
     metadata = _metadata(policy, plan)
     every = _shards(table, plan.shard_prompts)
-    _remove_damaged_parts(out)
+    _remove_damaged_parts(out, plan)
     _check_parts(out, every, metadata)
     missing = _missing(every, out)
     reasons: Counter[str] = Counter()
@@ -201,9 +201,9 @@ def _missing(shards: Rows, out: Path) -> Rows:
     return {i: rows for i, rows in shards.items() if rows and not part_path(out, i).exists()}
 
 
-def _remove_damaged_parts(out: Path) -> None:
+def _remove_damaged_parts(out: Path, plan: RolloutPlan) -> None:
     """Remove the parts that do not match their checksums, so that they are sampled again."""
-    for path in remove_damaged(out, "part-*.parquet"):
+    for path in remove_damaged(out, "part-*.parquet", required=plan.keep_checksums):
         log.warning("%s was damaged after it was written; its prompts are sampled again", path)
 
 
@@ -273,7 +273,7 @@ def _write_passes(
     for number, size in enumerate(sizes):
         folder = _passes_path(out) / str(number)
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_damaged_parts(folder)
+        _remove_damaged_parts(folder, plan)
         _check_parts(folder, rows, metadata)
         if missing := _missing(rows, folder):
             sampling = plan.sampling.model_copy(update={"samples": size - before})

@@ -148,8 +148,8 @@ class ProgressFile:
         self.due = time.monotonic() + 60.0
 
     def close(self) -> None:
-        """Remove the file."""
-        if self.written:
+        """Remove the file; in a directory also that of a process which was killed."""
+        if self.written or self.store.remote is None:
             with _unimportant(self.name):
                 self.store.remove(self.name)
 

@@ -26,6 +26,7 @@ CONTEXT.set_forkserver_preload(["tests.campaigns.warm"])
 STAGES = 1
 INTERRUPTIONS = {
     "rollouts": Stop("rollouts/pool@1", "written", "part-*.parquet", 4),
+    "complete rollouts": Stop("rollouts/pool@1", "report", count=6),  # all parts, and no manifest yet
     "gradients": Stop("gradients/pool@1", "written", "*.npz", 4),
     "training": Stop("policy@1", "report", count=2),
     "evaluation": Stop("evaluation@1", "written", "completions.parquet"),

@@ -158,7 +158,7 @@ def server_case(number: int) -> dict[str, Any]:
     faults, error, begin = [], "", time.monotonic()
     try:
         with Fleet([Endpoint(p.url, "policy") for p in peers], SETTINGS, SAMPLING, VOCABULARY) as fleet:
-            for job, completions in fleet.run(jobs):
+            for job, completions, _ in fleet.run(jobs):
                 faults += [f"job {job.index} came twice"] if job.index in seen else []
                 seen[job.index] = completions
     except CropiError as raised:

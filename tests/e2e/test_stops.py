@@ -77,7 +77,9 @@ def whole(found):
     }
     kept = {}
     for name, mark in found.items():
-        if name.endswith((".tmp", ".partial", ".lock")) or name.startswith(("runs/", ".damaged/")):
+        if name.endswith((".tmp", ".partial", ".lock")) or name.startswith(
+            ("runs/", "progress/", ".damaged/")
+        ):
             continue
         part = re.search(r"/part-\d+\.parquet$|/\.done/\d+\.npz$", name) or name in shards
         inside = any(name.startswith(f"{parent}/") for parent in checkpoints | finished)

@@ -78,7 +78,7 @@ def artifact_files(root):
     return {
         name: mark
         for name, mark in files(root).items()
-        if not name.startswith((".work/", ".damaged/", "runs/"))
+        if not name.startswith((".work/", ".damaged/", "runs/", "progress/"))
     }
 
 

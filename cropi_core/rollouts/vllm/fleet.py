@@ -1,7 +1,7 @@
 """Several servers with one queue: concurrent requests, retries, and removal of servers that fail.
 
     with Fleet(endpoints, settings, sampling, vocabulary) as fleet:
-        for job, completions in fleet.run(jobs): ...        # in the order in which they finish
+        for job, completions, source in fleet.run(jobs): ...        # in the order in which they finish
 
 The event loop runs in a separate thread, because the caller may have a running loop (a notebook). The completions of a
 job do not depend on the server or the time, because the seed belongs to the job.
@@ -40,6 +40,14 @@ POLL_S = 0.5
 ADVICE = "Complete shards are kept. Repair the servers (memory, --max-model-len, log) and run the same command again"
 
 
+@dataclass(frozen=True)
+class Source:
+    """The server that answered, and how often it had recovered before: it may then have been started again."""
+
+    url: str
+    recoveries: int
+
+
 @dataclass
 class Endpoint:
     """One server.
@@ -52,6 +60,7 @@ class Endpoint:
         tail: Returns the end of the log of a started server.
         down: Why the server was removed; None while it is in use.
         answer_count: Number of answered requests.
+        recoveries: How often it was healthy again after a failure.
         healthy_at: Last time of the monotonic clock at which ``/health`` answered.
         lock: Held by the request that waits for recovery.
         usable: Set while requests may be sent.
@@ -64,6 +73,7 @@ class Endpoint:
     tail: Callable[[], str] = lambda: ""
     down: str | None = None
     answer_count: int = 0
+    recoveries: int = 0
     healthy_at: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     usable: asyncio.Event = field(default_factory=asyncio.Event)
@@ -114,8 +124,14 @@ class Fleet:
     ) -> None:
         self.running.__exit__(None, None, None)  # the loop ends in the same way after an error
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Completion]]]:
-        """Yield every job with its completions, in the order in which they finish.
+    def remove(self, url: str, why: str) -> None:
+        """Send no more requests to a server; the others continue."""
+        for server in [one for one in self.endpoints if one.url == url and one.down is None]:
+            server.down = why
+            log.warning("%s is no longer used; the others continue: %s", url, why)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Completion], Source]]:
+        """Yield every job with its completions and the server that sampled them, in the order in which they finish.
 
         Raises:
             ServerError: A request was refused or failed too often, or no server is left.
@@ -145,8 +161,8 @@ class Fleet:
             return
         remaining = [len(jobs)]
 
-        def deliver(job: Job, completions: list[Completion]) -> None:
-            self.results.put((job, completions))
+        def deliver(job: Job, completions: list[Completion], source: Source) -> None:
+            self.results.put((job, completions, source))
             remaining[0] -= 1
             if not remaining[0]:
                 complete.set()
@@ -197,7 +213,7 @@ class Fleet:
             if not server.usable.is_set() or server.down is not None:
                 waiting.put_nowait((place, job))  # the request would fail, and failures are counted
                 continue
-            began = time.monotonic()
+            began, source = time.monotonic(), Source(server.url, server.recoveries)
             try:
                 completions = await ask(client, server.model, job, self.sampling, self.vocabulary)
             except UnusableServerError as error:
@@ -214,7 +230,7 @@ class Fleet:
                 await asyncio.sleep(pause(self.attempts[job.index]))
             else:
                 server.answer_count += 1
-                deliver(job, completions)
+                deliver(job, completions, source)
 
     def _count(self, job: Job, server: Endpoint, error: Exception) -> None:
         """Count a failed attempt; a request that fails on every server must not remove all servers in turn."""
@@ -234,9 +250,12 @@ class Fleet:
         async with server.lock:
             # Another request of this server may have checked its health in the meantime.
             if server.down is None and server.healthy_at <= began:
-                server.down = await self._health_fault(server, client, error)
-                if server.down is not None:
-                    log.warning("%s is no longer used; the others continue: %s", server.url, server.down)
+                fault = await self._health_fault(server, client, error)
+                if fault is None:
+                    server.recoveries += 1
+                elif server.down is None:  # it may have been removed in the meantime
+                    server.down = fault
+                    log.warning("%s is no longer used; the others continue: %s", server.url, fault)
             server.usable.set()
 
     async def _health_fault(

@@ -10,27 +10,25 @@ shards.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cropi_core.errors import ServerError
 from cropi_core.policy import embedded_tokens, end_tokens
 from cropi_core.random_bits import key64
-from cropi_core.rollouts.parity import Parity, measure, parity_limits
+from cropi_core.rollouts.parity import Parity
 from cropi_core.rollouts.sampling import Completion, check_prompts
 from cropi_core.rollouts.vllm.checks import Expected, check_servers
 from cropi_core.rollouts.vllm.client import Job, Vocabulary
 from cropi_core.rollouts.vllm.fleet import Endpoint, Fleet
 from cropi_core.rollouts.vllm.server import SERVED, started
+from cropi_core.rollouts.vllm.shards import OpenShards, Prompts
 from data_schemas import Sampling, Vllm
 
 API_KEY = "CROPI_VLLM_API_KEY"
 """Variable with the key of running servers; it is not in the configuration, which is recorded."""
-
-Prompts = Sequence[tuple[str, list[int]]]
 
 
 def request_seed(seed: int, prompt_id: str) -> int:
@@ -122,52 +120,22 @@ class VllmServers:
             The shard's number, its completions by prompt, and the comparison of a few of them.
 
         Raises:
-            ServerError: No server is left, or its log-probabilities differ too much from cropi's forward pass.
+            ServerError: No server is left; one whose log-probabilities differ too much from cropi's forward pass is
+                removed.
         """
         assert self.expected is not None, "open() must be called first"
-        jobs: list[Job] = []
-        places: list[tuple[int, int]] = []
-        for index, prompts in sorted(shards.items()):
-            for place, (prompt_id, ids) in enumerate(prompts):
-                # vLLM draws sample i of a request with the request's seed + i.
-                jobs.append(Job(len(jobs), prompt_id, ids, request_seed(seed, prompt_id) + start))
-                places.append((index, place))
-        partial: dict[int, dict[int, list[Completion]]] = {}
+        opened = OpenShards(shards, self.expected, self.settings, sampling, seed)
+        jobs = [
+            # vLLM draws sample i of a request with the request's seed + i.
+            Job(number, *shards[index][place], request_seed(seed, shards[index][place][0]) + start)
+            for number, (index, place) in enumerate(opened.places)
+        ]
         with Fleet(self.endpoints, self.settings, sampling, self.expected.vocabulary) as fleet:
-            for job, completions in fleet.run(jobs):
-                index, place = places[job.index]
-                shard = partial.setdefault(index, {})
-                shard[place] = completions
-                if len(shard) == len(shards[index]):
-                    groups = [shard[i] for i in range(len(shard))]
-                    del partial[index]
-                    yield index, groups, self._compare(index, shards[index], groups, sampling, seed)
-
-    def _compare(
-        self,
-        index: int,
-        prompts: Prompts,
-        groups: list[list[Completion]],
-        sampling: Sampling,
-        seed: int,
-    ) -> Parity:
-        """Compare some of a shard's completions with cropi's forward pass.
-
-        Raises:
-            ServerError: The mean difference exceeds the limit.
-        """
-        assert self.expected is not None
-        samples = [(p, s) for p in range(len(groups)) for s in range(len(groups[p]))]
-        samples.sort(key=lambda pair: key64("parity", seed, prompts[pair[0]][0], pair[1]))
-        chosen = [(prompts[p][1], groups[p][s]) for p, s in samples[: self.settings.parity_completions]]
-        rows = [(prompt, completion.ids, completion.logprobs) for prompt, completion in chosen]
-        parity = measure(self.expected.model, rows, sampling)
-        limit, _ = parity_limits(self.settings, self.dtype)
-        if parity.mean > limit:
-            raise ServerError(
-                f"shard {index}: the servers' log-probabilities differ by {parity.mean:.3g} per token from cropi's "
-                f"forward pass in float32 (largest {parity.maximum:.3g}, {parity.tokens} tokens), and the limit "
-                f"runtime.vllm.max_mean_difference is {limit:g}; importance ratios would contain this difference. "
-                "Complete shards are kept: check whether a server was restarted with other weights, or raise the limit"
-            )
-        return parity
+            while jobs:
+                for job, completions, source in fleet.run(jobs):
+                    complete = opened.add(job, completions, source)
+                    for url, why in opened.foreign.items():
+                        fleet.remove(url, why)
+                    if complete is not None:
+                        yield complete
+                jobs, opened.again = opened.again, []

@@ -19,6 +19,10 @@ def parts(tmp_path):
     return folder
 
 
+def sums_of(parts):
+    return parts.parent / ".scratch" / "parts.sums"
+
+
 def flip(path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -39,7 +43,7 @@ def test_a_changed_byte_anywhere_is_found(parts):
 @pytest.mark.parametrize("size", [0, 10])
 def test_a_cut_file_and_one_without_a_checksum_are_removed(parts, size):
     os.truncate(parts / "part-0.parquet", size)
-    (parts.with_name("parts.sums") / "part-2.parquet.crc32c").unlink()
+    (sums_of(parts) / "part-2.parquet.crc32c").unlink()
     assert [p.name for p in remove_damaged(parts, "part-*")] == ["part-0.parquet", "part-2.parquet"]
 
 
@@ -54,6 +58,9 @@ def test_checksums_change_no_file_and_leave_nothing(parts, tmp_path):
 
 
 def test_what_a_kill_left_of_the_end_is_removed(parts, tmp_path):
-    parts.with_name("parts.sums").rename(tmp_path / "parts.sums.ended")
+    sums_of(parts).rename(tmp_path / ".scratch" / "parts.sums.ended")
     assert remove_damaged(parts, "part-*") == []
-    assert [p.name for p in tmp_path.iterdir()] == ["parts"]
+    assert not list((tmp_path / ".scratch").iterdir())
+    assert len(remove_damaged(parts, "part-*", required=True)) == 3, (
+        "a workspace keeps its checksums to its end"
+    )

@@ -23,6 +23,10 @@ from cropi_core.prompts.loading import write_prompts
 from cropi_core.rollouts.collect import RolloutPlan, sample_rollouts
 from cropi_core.rollouts.parity import measure
 from cropi_core.rollouts.table import read_rollouts
+from cropi_core.rollouts.vllm.checks import Expected
+from cropi_core.rollouts.vllm.fleet import Endpoint
+from cropi_core.rollouts.vllm.sampler import VllmServers, vocabulary_of
+from cropi_core.rollouts.vllm.server import SERVED
 from cropi_core.world import base_checkpoint, build
 from data_schemas.grading import Grading
 from data_schemas.rollouts import Sampling
@@ -210,6 +214,24 @@ def test_another_checkpoint_is_named_by_its_files(attach, prompts, tmp_path, oth
 def test_other_weights_are_found_by_their_logprobs(attach, prompts, tmp_path):
     with pytest.raises(ServerError, match=r"not those of .*mean \|Δ\| .*max_mean_difference is 0.001"):
         run(tmp_path / "r", prompts, attach("wrong"))
+
+
+def test_a_server_that_serves_other_weights_after_its_check_is_named(servers, model, tmp_path):
+    """The address of a checked server leads to another one afterwards, as after a restart behind a proxy."""
+    good, wrong = servers["good"], servers["wrong"]
+    sampling = Sampling(samples=2, max_new_tokens=8)
+    words = [[{"role": "user", "content": f"copy: ab{i}"}] for i in range(3)]
+    shards = {0: [(f"p{i}", render(model[1], one)) for i, one in enumerate(words)]}
+    settings = Vllm(base_urls=[f"{good.url}/v1"], recovery_s=2)
+    checked = VllmServers(base_checkpoint(), "float32", settings, tmp_path)
+    checked.endpoints = [Endpoint(good.url, SERVED, good.key)]
+    checked.expected = Expected(base_checkpoint(), "float32", model[0], vocabulary_of(*model), 64)
+    assert [index for index, _, _ in checked.sample(shards, sampling, 0)] == [0]
+    checked.endpoints = [Endpoint(wrong.url, SERVED, wrong.key)]
+    with pytest.raises(
+        ServerError, match=rf"no server is left.*{wrong.url}: shard 0: its log-prob.* differ by"
+    ):
+        list(checked.sample(shards, sampling, 0))
 
 
 def test_raw_logprobs_are_refused(attach, prompts, tmp_path, other):

@@ -153,7 +153,7 @@ class Peer:
 def ask_all(jobs, *peers, **settings):
     vllm = Vllm(**({"recovery_s": 0.1, "concurrency": 3} | settings))
     with Fleet([Endpoint(p.url, "policy") for p in peers], vllm, TWO, WORDS) as fleet:
-        return {job.index: completions for job, completions in fleet.run(jobs)}
+        return {job.index: completions for job, completions, _ in fleet.run(jobs)}
 
 
 JOBS = [Job(i, f"p{i}", JOB.prompt, i) for i in range(12)]
