@@ -30,9 +30,11 @@ SCANNED := data_schemas cropi_core tasks flows deployments docs examples
 demo: $(VENV)/.all  ## The curriculum on the embedded world; a second call finds all artifacts.
 	$(BIN)/cropi run configs/demo.yaml
 
-# Two processes, one thread each: faster than one with two threads, and the same results. A file stays in one process,
-# because its tests share roots and servers; a process gets the next file when it is free.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=15
+# Three processes, one thread each, for two cores: while one waits for a server or a time limit, the others compute. A
+# file stays in one process, because its tests share roots and servers; a process gets the next file when it is free, the
+# long ones first (tests/conftest.py).
+WORKERS ?= 3
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test: $(VENV)/.dev  ## What a user relies on.
 	$(PYTEST) -m "not extended"

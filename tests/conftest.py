@@ -4,12 +4,15 @@ import gc
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 from cropi_core.system import warm
+from tests.support import processes
 
+HERE = Path(__file__).parent
 HOME = tempfile.mkdtemp(prefix="cropi-tests-")
 
 for name in [n for n in os.environ if n.startswith("PREFECT_")]:
@@ -28,18 +31,39 @@ os.environ |= {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "ROOM_OF_MARKS": "."
+    * 2000,  # forked processes show their own variables in its place (tests/support/entry.py)
 }
 
 # A deadline for one example fails on a busy machine and says nothing of the property.
 hypothesis.settings.register_profile("cropi", deadline=None)
 hypothesis.settings.load_profile("cropi")
 
-# pytest writes each test's name to the environment; this must not start a new warm process.
-warm.SERVER.variable += ("PYTEST_",)
+# One warm process for what the tests start and for what cropi starts in the process of the tests, though each test has
+# other variables: pytest writes its name to the environment.
+warm.SERVER = processes.SERVER
 
 # When a script starts the tests in the background, they inherit an ignored SIGINT, and so would every command that a
 # test interrupts with it. A handler set here is reset to the default in child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+gc.disable()  # until the tests are collected: it takes a fifth of the time of their imports, and finds nothing
+
+FIRST = ("flows", "e2e")
+"""Folders of tests whose files take longest. They start first, so that no process has a long file left at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Order the tests by folder, and otherwise as they are in their files."""
+    places = [HERE / name for name in FIRST]
+    items.sort(
+        key=lambda item: next((n for n, p in enumerate(places) if p in item.path.parents), len(places))
+    )
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

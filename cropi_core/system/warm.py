@@ -53,8 +53,11 @@ PRELOAD = (
 )
 """Modules that steps import. If one cannot be imported, the process that needs it reports the error."""
 
-VARIABLE = ("PREFECT_", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
-"""Prefixes of environment variables that no preloaded module reads while it is imported: CUDA's at its first use."""
+VARIABLE = ("PREFECT_", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")
+"""Prefixes of environment variables that no preloaded module reads while it is imported: CUDA's at its first use.
+
+PyTorch sets the last one in a process that trains.
+"""
 
 NUMBER = struct.Struct("q")
 REFUSED, FAILED = 0, -1
@@ -243,6 +246,7 @@ class WarmProcess(subprocess.Popen):
             "directory": os.path.abspath(os.fspath(options["cwd"] or ".")),  # noqa: PTH100 - str or bytes or a path
             "session": bool(options["start_new_session"]),
             "group": options["process_group"],
+            "umask": options["umask"],
             "targets": list(files),
         }
         status, reply = os.pipe()

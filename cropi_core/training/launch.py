@@ -10,6 +10,7 @@ input is a pipe that a shell such as ssh or srun forwards.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shlex
@@ -330,8 +331,10 @@ def main(job: Path) -> int:
             {"error": f"the launcher started {count} processes, and runtime.launch asks for {wanted}"}
         )
         return 1
+    gc.disable()  # collections during these imports find nothing, and take a fifth of the time
     from cropi_core.training.stage import train
 
+    gc.enable()
     arguments["files"] = _files(arguments["files"])
     arguments |= {name: section.model_validate(arguments[name]) for name, section in SECTIONS.items()}
     try:

@@ -6,22 +6,65 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import prefect.context
 import pytest
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
+from flows.serving.database import make_database
 from flows.serving.ownership import record_home
+from flows.serving.server import drain
 from tests.support import processes
 from tests.support.commands import PREFECT, Desk, free_port, tiny_config, wait_for_server
 from tests.support.decoys import decoys, imported
+from tests.support.paths import CHECKOUT
+
+SERVER = """
+import os, sys, uvicorn
+from pathlib import Path
+from flows.serving.database import make_database
+make_database(Path(os.environ["PREFECT_HOME"]))
+options = {"host": "127.0.0.1", "port": int(sys.argv[1]), "log_level": "error", "lifespan": "on"}
+uvicorn.run("prefect.server.api.server:create_app", factory=True, **options)
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prefect_server():
-    """Start one server with an empty database for all tests of flows; the first start creates its tables."""
-    with prefect_test_harness(server_startup_timeout=500):
-        yield
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Start one server with an empty database for all tests of flows.
+
+    As `prefect.testing.utilities.prefect_test_harness`, but the server is forked, and its tables are copied.
+    """
+    home, port = tmp_path_factory.mktemp("prefect-server"), free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    kind = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    with (home / "server.log").open("w") as log:
+        server = processes.start(
+            [sys.executable, "-c", SERVER, str(port)],
+            env=os.environ | {"PREFECT_HOME": str(home)} | kind,
+            cwd=CHECKOUT,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_for_server(server, url, home / "server.log", 500)
+        with (
+            temporary_settings({PREFECT_API_URL: url}),
+            prefect.context._temporary_global_settings_context(prefect.context.get_settings_context()),
+        ):
+            yield
+            drain()
+    finally:
+        server.terminate()
+        server.wait(500)
+
+
+def copy_database(home: Path) -> None:
+    """Put an empty database of Prefect into a new home; creating its tables takes longer than a tiny run."""
+    home.mkdir(exist_ok=True)
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home}/prefect.db"}):
+        make_database(home)
+    assert (home / "prefect.db").is_file()
 
 
 @pytest.fixture
@@ -49,18 +92,12 @@ def known(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a root that contains the artifacts of every step of the tiny configuration, and no run; to be copied.
 
     Most tests of commands are about one step and reuse the steps before it. The root also has an empty database of
-    Prefect: creating its tables takes longer than a tiny run.
+    Prefect.
     """
     root, _ = finished
     target = tmp_path_factory.mktemp("known") / "root"
     shutil.copytree(root, target, ignore=shutil.ignore_patterns(".*", "runs"))
-    (target / ".prefect").mkdir()
-    processes.run(
-        [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
-        env=os.environ | {"PREFECT_HOME": str(target / ".prefect")},
-        capture_output=True,
-        check=True,
-    )
+    copy_database(target / ".prefect")
     record_home(target / ".prefect")
     return target
 
@@ -77,6 +114,7 @@ def own_copy(finished, tmp_path: Path):
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    copy_database(home)
     url = f"http://127.0.0.1:{port}/api"
     settings = {
         "PREFECT_HOME": str(home),

@@ -4,9 +4,6 @@ import pytest
 
 from cropi_core.errors import ConfigError
 from flows.serving.deploy import next_root
-from tests.support import processes
-from tests.support.commands import CROPI, Desk, answer
-from tests.support.paths import CHECKOUT
 
 
 @pytest.mark.parametrize(
@@ -32,14 +29,3 @@ def test_the_root_stays_unless_another_is_given(deployed, given, root, words):
 def test_several_roots_and_none_given_is_an_error():
     with pytest.raises(ConfigError, match="nightly: /b"):
         next_root({"curriculum": "/a", "nightly": "/b"}, None)
-
-
-@pytest.mark.slow
-def test_deploying_again_from_another_shell_keeps_the_root(desk: Desk):
-    environment = {name: value for name, value in desk.environment.items() if name != "CROPI_ROOT"}
-    done = processes.run(
-        [*CROPI, "deploy"], env=environment, cwd=CHECKOUT, capture_output=True, text=True, check=True
-    )
-    assert f"the root stays {desk.root}" in done.stderr
-    deployments = answer(f"{desk.url}/deployments/filter", {})
-    assert {d["job_variables"]["env"]["CROPI_ROOT"] for d in deployments} == {str(desk.root)}

@@ -8,7 +8,8 @@ import pytest
 
 from cropi_core.artifacts.store import Store
 from cropi_core.runs.records import list_runs, load_run
-from tests.support.commands import DEPLOYMENTS, Desk, answer, tiny_config
+from tests.support import processes
+from tests.support.commands import CROPI, DEPLOYMENTS, Desk, answer, tiny_config
 from tests.support.paths import CHECKOUT
 
 
@@ -80,3 +81,14 @@ def test_the_server_refuses_wrong_parameters_before_anything_is_scheduled(desk: 
         assert refused.value.code in (409, 422), wrong
     assert desk.run("deployment", "run", "cropi/curriculum", "-p", "nosuch=1", check=False).returncode != 0
     assert len(answer(f"{desk.url}/flow_runs/filter", {})) == before
+
+
+@pytest.mark.slow
+def test_deploying_again_from_another_shell_keeps_the_root(desk: Desk):
+    environment = {name: value for name, value in desk.environment.items() if name != "CROPI_ROOT"}
+    done = processes.run(
+        [*CROPI, "deploy"], env=environment, cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    assert f"the root stays {desk.root}" in done.stderr
+    deployments = answer(f"{desk.url}/deployments/filter", {})
+    assert {d["job_variables"]["env"]["CROPI_ROOT"] for d in deployments} == {str(desk.root)}

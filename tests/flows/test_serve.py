@@ -160,7 +160,7 @@ def test_a_stop_inside_a_step_leaves_no_process_and_the_run_resumes(tmp_path: Pa
         assert served.ask(long).returncode == 0
         served.trains()
         limit = time.monotonic() + 500
-        while len(servers_of(root)) < 4:  # the command, the server, the run, its step
+        while len(servers_of(root)) < 5:  # the command, the server, the run, its warm process, its step
             assert time.monotonic() < limit, served.out.read_text()
             time.sleep(0.2)
         if how == "Ctrl-C":

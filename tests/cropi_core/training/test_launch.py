@@ -23,6 +23,7 @@ from data_schemas.training import Training
 from tests.support import processes
 from tests.support.servers import gone, left_of
 from tests.support.training import CPU, SMALL, arguments_of, digest, rows_of, write_policy, write_tables
+from tests.support.training import run as run_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -77,9 +78,7 @@ def test_two_processes_give_what_one_gives(shared: Path, alone):
 
 @pytest.mark.slow
 def test_one_launched_process_is_one_in_process(shared: Path, alone):
-    from tests.support.training import run as here
-
-    _, target = here(shared, "here")
+    _, target = run_here(shared, "here")
     assert digest(target / "checkpoint") == digest(alone[1] / "checkpoint")
 
 
@@ -94,8 +93,9 @@ def test_weights_in_shards_give_what_whole_ones_give(shared: Path, alone):
 
 @pytest.mark.slow
 def test_an_adapter_over_two_machines(workspace: Path):
+    """One launched process is one in this process, as a test above shows."""
     lora = Training.model_validate(SMALL.model_dump() | {"lora": {"r": 4}})
-    _, one = run(workspace, "one", Launch(processes=1), training=lora)
+    _, one = run_here(workspace, "one", training=lora)
     # Each a machine of its own: a launcher here, and one that a command starts.
     machines = Launch(processes=2, machines=("env MACHINE=2",), address="127.0.0.1")
     _, two = run(workspace, "two", machines, training=lora)
