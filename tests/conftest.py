@@ -31,6 +31,8 @@ os.environ |= {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # PyTorch sets it when a process first trains; set before, it starts no second warm process.
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/cropi-tests-inductor-{os.getuid()}",
     "ROOM_OF_MARKS": "."
     * 2000,  # forked processes show their own variables in its place (tests/support/entry.py)
 }

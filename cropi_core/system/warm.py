@@ -53,11 +53,8 @@ PRELOAD = (
 )
 """Modules that steps import. If one cannot be imported, the process that needs it reports the error."""
 
-VARIABLE = ("PREFECT_", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR")
-"""Prefixes of environment variables that no preloaded module reads while it is imported: CUDA's at its first use.
-
-PyTorch sets the last one in a process that trains.
-"""
+VARIABLE = ("PREFECT_", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
+"""Prefixes of environment variables that no preloaded module reads while it is imported: CUDA's at its first use."""
 
 NUMBER = struct.Struct("q")
 REFUSED, FAILED = 0, -1
