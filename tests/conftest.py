@@ -33,8 +33,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     # PyTorch sets it when a process first trains; set before, it starts no second warm process.
     "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/cropi-tests-inductor-{os.getuid()}",
-    "ROOM_OF_MARKS": "."
-    * 2000,  # forked processes show their own variables in its place (tests/support/entry.py)
+    # Forked processes show their own variables in its place (tests/support/entry.py).
+    "ROOM_OF_MARKS": "." * 2000,
 }
 
 # A deadline for one example fails on a busy machine and says nothing of the property.
