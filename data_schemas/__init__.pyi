@@ -61,6 +61,7 @@ from .steps import EvaluationSettings as EvaluationSettings
 from .steps import Fallback as Fallback
 from .steps import GradientsSettings as GradientsSettings
 from .steps import HalvedRolloutsSettings as HalvedRolloutsSettings
+from .steps import MergedGradientsSettings as MergedGradientsSettings
 from .steps import MergedRolloutsSettings as MergedRolloutsSettings
 from .steps import PilotPromptsSettings as PilotPromptsSettings
 from .steps import PolicySettings as PolicySettings
@@ -72,6 +73,7 @@ from .steps import Slot as Slot
 from .steps import SpotDraw as SpotDraw
 from .steps import SpotPromptsSettings as SpotPromptsSettings
 from .steps import StepSpec as StepSpec
+from .steps import TrainingFeatures as TrainingFeatures
 from .steps import TrainingObjective as TrainingObjective
 from .steps import TrainingSettings as TrainingSettings
 from .steps import WakingPromptsSettings as WakingPromptsSettings

@@ -76,6 +76,9 @@ class Config(Section):
             *consistency.scored_once(self.rescore, self.rollouts, self.scores),
             *consistency.exact_projection(self.projection),
             *consistency.preconditioner(self.projection, self.training, needs_gradients=self.needs_gradients),
+            *consistency.training_features(
+                self.training, self.scores, self.projection, self.runtime.launch, self.rollouts, self.rescore
+            ),
             *consistency.spot_check_size(self.diagnostics),
             *consistency.training_stage(self.training),
             *consistency.loss_parameters(self.objective, self.training.trl),

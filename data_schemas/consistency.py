@@ -132,6 +132,37 @@ def preconditioner(projection: Projection, training: Training, *, needs_gradient
     return []
 
 
+def training_features(
+    training: Training,
+    scores: Scores,
+    projection: Projection,
+    launch: Launch | None,
+    rollouts: Rollouts,
+    rescore: str,
+) -> list[str]:
+    """List settings with which a stage cannot collect features, or the next one cannot use them."""
+    if not training.features:
+        if scores.pool_features == "training":
+            return ["scores.pool_features=training needs training.features=true"]
+        return []
+    against = {
+        "training.engine=command": training.engine == "command",
+        "training.lora": training.lora is not None,
+        "projection.preconditioner=adam": projection.preconditioner == "adam",
+        "runtime.launch": launch is not None,
+    }
+    if scores.pool_features == "training":
+        against |= {
+            f"rollouts.refresh={rollouts.refresh}": rollouts.refresh != "never",
+            f"rescore={rescore}": rescore != "each_stage",
+        }
+    return [
+        f"training.features is not supported with {name}; drop one of the two"
+        for name, used in against.items()
+        if used
+    ]
+
+
 def spot_check_size(diagnostics: Diagnostics) -> list[str]:
     """Require enough prompts for a rank correlation."""
     if diagnostics.min_spot_correlation is not None and diagnostics.spot_check < 3:

@@ -43,6 +43,12 @@ class Scores(Section):
     rrf_top: Annotated[int | None, ADVANCED] = Field(
         default=None, ge=1, description="Only the best n of a set vote."
     )
+    pool_features: Annotated[Literal["computed", "training"], LATER, ADVANCED] = Field(
+        default="computed",
+        description="Features of the pool at later stages. `computed`: under the current policy. `training`: those of "
+        "the stage before, and for the prompts that it trained on those of `training.features`; only the gradients of "
+        "the validation sets are computed.",
+    )
     memory: Annotated[float, LATER, ADVANCED] = Field(
         default=0.0,
         ge=0,

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from data_schemas.data import Decontaminate
 from data_schemas.evaluation import Evaluation
-from data_schemas.gradients import Gradients, LossType, Objective, Projection
+from data_schemas.gradients import Gradients, Layers, LossType, Objective, Projection
 from data_schemas.records import ArtifactRef, Kind, Record, StepName
 from data_schemas.rollouts import Engine, Passes, Sampling, Waking
 from data_schemas.scores import Scores
@@ -127,6 +127,12 @@ class GradientsSettings(Section):
     max_new_tokens: int
 
 
+class MergedGradientsSettings(Section):
+    """Stored features of a pool, in which those that a training stage collected replace the ones of its prompts."""
+
+    merged: Literal["trained"] = "trained"
+
+
 class ScoresSettings(Section):
     """Scores of a pool against validation sets."""
 
@@ -165,6 +171,14 @@ class TrainingObjective(Section):
     clip_epsilon: float
 
 
+class TrainingFeatures(Section):
+    """The features that a stage collects: as those of the pool, with which they are compared."""
+
+    projection: Projection
+    layers: Layers = "all"
+    objective: Objective
+
+
 class TrainingSettings(Section):
     """A GRPO stage."""
 
@@ -173,6 +187,7 @@ class TrainingSettings(Section):
     training: Training
     objective: TrainingObjective
     seed: int
+    features: Annotated[TrainingFeatures | None, LATER] = None
 
 
 class EvaluationSettings(Section):

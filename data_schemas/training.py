@@ -160,6 +160,11 @@ class Training(Section):
     end: Annotated[StageEnd | None, LATER] = Field(
         default=None, description="When a stage ends before `steps`; empty: never."
     )
+    features: Annotated[bool, LATER] = Field(
+        default=False,
+        description="Keep a gradient feature of every trained group, from the passes of the training itself; "
+        "`scores.pool_features: training` uses them.",
+    )
     lora: Annotated[Lora | None, LATER] = Field(
         default=None, description="Train adapters; empty: all weights."
     )

@@ -18,6 +18,8 @@ from .layout import BELIEF_FILE as BELIEF_FILE
 from .layout import CHECKPOINT as CHECKPOINT
 from .layout import DIAGNOSTICS_FILE as DIAGNOSTICS_FILE
 from .layout import EVALUATION_FILE as EVALUATION_FILE
+from .layout import FEATURES as FEATURES
+from .layout import FEATURES_FILE as FEATURES_FILE
 from .layout import GRADIENTS as GRADIENTS
 from .layout import GROUPS_FILE as GROUPS_FILE
 from .layout import MANIFEST as MANIFEST

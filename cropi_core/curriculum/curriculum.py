@@ -29,6 +29,7 @@ from data_schemas import (
     Fallback,
     RunRecord,
     SelectionSettings,
+    TrainingFeatures,
     TrainingObjective,
     TrainingSettings,
 )
@@ -171,6 +172,11 @@ class Curriculum:
             training=config.training,
             objective=TrainingObjective.model_validate(objective),
             seed=config.seed + stage,
+            features=TrainingFeatures(
+                projection=config.projection, layers=config.gradients.layers, objective=config.objective
+            )
+            if config.training.features
+            else None,
         )
         trained = self.run.step("training", f"policy@{stage}", settings, inputs, self.sampler.graders)
         summary = self.run.store.manifest(trained).summary

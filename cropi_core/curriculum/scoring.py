@@ -24,6 +24,7 @@ from data_schemas import (
     DiagnosticsSettings,
     GradientsSettings,
     HalvedRolloutsSettings,
+    MergedGradientsSettings,
     ScoresSettings,
     Slot,
     SpotDraw,
@@ -40,6 +41,8 @@ class Scorer:
         self.run = run
         self.config = run.config
         self.sampler = sampler
+        self._scored: tuple[ArtifactRef, ArtifactRef] | None = None
+        """Rollouts and gradients of the pool at the stage before."""
 
     def checked_scores(
         self, stage: int, policy: ArtifactRef, sets: dict[str, ArtifactRef], rollouts: dict[str, ArtifactRef]
@@ -47,6 +50,7 @@ class Scorer:
         """Score the pool, with new trajectories if a limit asks for them; None if no prompt can be scored."""
         while True:
             gradients = self._gradients(stage, policy, rollouts)
+            self._scored = rollouts["pool"], gradients["pool"]
             scores, spot = None, None
             # Limits on gradients come first: trajectories that will be replaced need no scores.
             check = self._judge(stage, policy, rollouts, gradients, GRADIENT_RULES)
@@ -86,7 +90,9 @@ class Scorer:
             max_new_tokens=config.training.sampling.max_new_tokens,
         )
         return {
-            name: self.run.step(
+            name: self._trained_gradients(stage, policy, rollouts[name])
+            if name == "pool" and self._reuses(policy, rollouts[name])
+            else self.run.step(
                 "gradients",
                 f"gradients/{name}@{stage}",
                 settings,
@@ -94,6 +100,29 @@ class Scorer:
             )
             for name in rollouts
         }
+
+    def _reuses(self, policy: ArtifactRef, rollouts: ArtifactRef) -> bool:
+        """Whether the pool's features are those of the stage before and those that its training collected."""
+        if self.config.scores.pool_features != "training" or self._scored is None:
+            return False
+        collects = self.run.store.manifest(policy).settings.get("features") is not None
+        return collects and self._scored[0] == rollouts
+
+    def _trained_gradients(self, stage: int, policy: ArtifactRef, rollouts: ArtifactRef) -> ArtifactRef:
+        """Replace the features of the trained prompts; no prompt of the pool passes through the model."""
+        assert self._scored is not None
+        inputs = {"policy": policy, "rollouts": rollouts, "stored": self._scored[1]}
+        ref = self.run.step("gradients", f"gradients/pool@{stage}", MergedGradientsSettings(), inputs)
+        found = self.run.store.manifest(ref).summary.get("trained")
+        if found is None:  # a plan computes nothing
+            return ref
+        between = self.run.store.manifest(policy).summary["features"]["cosine_between_groups"]
+        self.run.note(
+            f"stage {stage}: features of {found['prompts']} trained prompts are those of the training, others are "
+            f"stored (median cosine of stored and new features {_shown(found['cosine_to_stored'])}, of two groups of a "
+            f"prompt in training {_shown(between)})"
+        )
+        return ref
 
     def _halves(
         self, stage: int, policy: ArtifactRef, rollouts: dict[str, ArtifactRef]
@@ -194,7 +223,8 @@ class Scorer:
             )
             return None
         spot_scores = self._score(stage, gradients, prompts, spot=fresh)
-        settings = DiagnosticsSettings(scores=config.scores, ratio=config.selection.ratio, seed=config.seed)
+        compared = config.scores.model_copy(update={"pool_features": "computed"})
+        settings = DiagnosticsSettings(scores=compared, ratio=config.selection.ratio, seed=config.seed)
         return self.run.step(
             "diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": spot_scores}
         )
@@ -219,7 +249,8 @@ class Scorer:
         inputs = {"train": spot or gradients["pool"]}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
         inputs |= {"halves": halves} if halves else {}
-        scores, slot = self.config.scores, f"scores@{stage}"
+        scores = self.config.scores.model_copy(update={"pool_features": "computed"})  # the inputs say it
+        slot = f"scores@{stage}"
         if spot:  # compares measured scores only
             scores, slot = scores.model_copy(update={"neighbours": 0}), f"scores/spot@{stage}"
         previous = None if spot else self._remembered(stage)
@@ -230,3 +261,7 @@ class Scorer:
         if scores.neighbours:
             inputs["prompts"] = prompts
         return self.run.step("scores", slot, ScoresSettings(scores=scores, seed=self.config.seed), inputs)
+
+
+def _shown(cosine: float | None) -> str:
+    return "unknown" if cosine is None else f"{cosine:.2f}"

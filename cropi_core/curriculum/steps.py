@@ -5,6 +5,7 @@ Each function fills ``work.out`` and returns the summary for the manifest. It us
 rest.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cropi_core.artifacts import (
     CHECKPOINT,
     DIAGNOSTICS_FILE,
     EVALUATION_FILE,
+    FEATURES,
+    FEATURES_FILE,
     GRADIENTS,
     METRICS_FILE,
     PROMPTS_FILE,
@@ -200,6 +203,8 @@ def gradients_step(work: Work) -> dict[str, Any]:
     """Compute projected gradients of the objective, shard by shard."""
     from cropi_core.gradients import FeatureSettings, extract_gradients
 
+    if "merged" in work.spec.settings:
+        return _merged_gradients(work)
     settings = GradientsSettings.model_validate(work.spec.settings)
     features = FeatureSettings(
         settings.objective, settings.projection, settings.layout, settings.max_new_tokens
@@ -212,6 +217,20 @@ def gradients_step(work: Work) -> dict[str, Any]:
         runtime=work.runtime,
         report=work.report,
         spread=work.spread,
+    )
+
+
+def _merged_gradients(work: Work) -> dict[str, Any]:
+    """Replace stored features by those that the training of the policy collected."""
+    from cropi_core.gradients import merge_trained
+    from cropi_core.rollouts import read_rollouts
+
+    return merge_trained(
+        work.inputs["stored"] / GRADIENTS,
+        work.inputs["policy"] / FEATURES,
+        work.out / GRADIENTS,
+        Counter(read_rollouts(work.inputs["rollouts"] / ROLLOUTS)["prompt_id"].to_pylist()),
+        work.spec.inputs["policy"].digest,
     )
 
 
@@ -270,7 +289,7 @@ def selection_step(work: Work) -> dict[str, Any]:
 
 def training_step(work: Work) -> dict[str, Any]:
     """Train one GRPO stage on the selected prompts."""
-    from cropi_core.training import StageFiles
+    from cropi_core.training import FeaturePlan, StageFiles
 
     settings = TrainingSettings.model_validate(work.spec.settings)
     reference, base = work.inputs.get("reference"), work.inputs.get("base")
@@ -288,6 +307,9 @@ def training_step(work: Work) -> dict[str, Any]:
         logs=work.logs,
         rollouts=rollouts / ROLLOUTS if rollouts else None,
         belief=belief if settings.training.draw.learns and belief.exists() else None,
+        features=FeaturePlan(settings.features, work.out / FEATURES, work.out / FEATURES_FILE)
+        if settings.features
+        else None,
     )
     arguments = {
         "files": files,

@@ -135,7 +135,8 @@ def merge_trained(
         "prompts": sum(name in place for name in ids),
         "cosine_to_stored": float(np.median(cosines)) if cosines else None,
     }
-    return {**summarise(GradientStore.open(out), attributes, counts), "trained": replaced}
+    made = summarise(GradientStore.open(out), attributes, counts)
+    return {**made, "tokens": 0, "trained": replaced}  # no token passed through the model
 
 
 def _passes(directory: Path) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:

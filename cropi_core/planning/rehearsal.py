@@ -203,6 +203,7 @@ def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mappi
     slot = Slot.parse(work.slot)
     kind, place = slot.kind, slot.set
     waking = config.rollouts.refresh == "waking"
+    reuses = config.scores.pool_features == "training"
     wanted: dict[str, Any] = {"origin": origin, "stage": slot.stage or 0}
     drawn = {
         "spot": min(config.diagnostics.spot_check, sizes["pool"]),
@@ -224,6 +225,8 @@ def counted(work: Work, origin: Any, config: Config, sources: Mapping[str, Mappi
         wanted |= {"samples": again or mean, "passes": passes, "max_new_tokens": of.max_new_tokens}
         if work.step == "rollouts" and place == "pool" and wanted["stage"] > 1 and waking:
             wanted["prompts"] = 0  # put together from stored completions and those sampled again
+        if work.step == "gradients" and place == "pool" and wanted["stage"] > 1 and reuses:
+            wanted |= {"samples": 0, "passes": False, "seconds": 0.0}  # nothing passes through the model
         if place == "halves":  # of completions that exist
             wanted["samples"] = max(1, of.samples // 2)
             wanted["prompts"] = 0 if work.step == "rollouts" else wanted["prompts"]

@@ -155,6 +155,8 @@ def cost(slot: str, made: Manifest, store: Store) -> Cost:
                 "make it again: --refresh training, or another root"
             )
         return Cost(summary["tokens_generated"], summary["tokens_trained"], seconds=made.seconds)
+    if made.step == "gradients" and "merged" in made.settings:  # no token passed through the model
+        return Cost(seconds=made.seconds)
     if made.step == "gradients":
         rollouts = store.directory(made.inputs["rollouts"]) / ROLLOUTS
         passed = passed_tokens(rollouts, made.settings["objective"]["min_gradable"])

@@ -6,7 +6,8 @@ reason. Its working files are kept until the stage is published: a command that 
 same directories, and resumes from its own checkpoints if it has any.
 
 A line ``cropi-progress {"step": 3, "steps": 20, "reward": 0.4}`` in its output reports progress; further fields are
-columns of :data:`cropi_core.training.metrics.METRICS`.
+columns of :data:`cropi_core.training.metrics.METRICS`, and ``"rewards": {"format": 0.9, ...}`` are the means of several
+rewards.
 """
 
 import contextlib
@@ -30,13 +31,15 @@ from cropi_core.rewards import check_command
 from cropi_core.selection import ranked_prompts
 from cropi_core.system import guarded_command
 from cropi_core.training.files import StageFiles
-from cropi_core.training.metrics import METRICS, TrainingError, reward_summary
+from cropi_core.training.metrics import METRICS, TERM, TrainingError, reward_summary
 from data_schemas import Training, TrainingCommand
 
 MARK = "cropi-progress "
 """Stands before the JSON of a line of progress."""
 LONGEST_LINE = 65536
 """Characters of an output line that are read at once."""
+MOST_TERMS = 100
+"""Number of rewards in a line that are kept."""
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -198,7 +201,11 @@ def progress_of(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(message, dict) or not isinstance(message.get("step"), int) or message["step"] < 1:
         return None
-    numbers = {name: message[name] for name in METRICS.names if isinstance(message.get(name), int | float)}
+    rewards = message.get("rewards")
+    terms = list(rewards.items())[:MOST_TERMS] if isinstance(rewards, dict) else []
+    named = message | {TERM + name: value for name, value in terms}
+    columns = [*METRICS.names, *(TERM + name for name, _ in terms)]
+    numbers = {name: named[name] for name in columns if isinstance(named.get(name), int | float)}
     kept = {name: value for name, value in numbers.items() if math.isfinite(value)}
     steps = message.get("steps")
     return kept | {"steps": steps if isinstance(steps, int) else message["step"]}
@@ -212,8 +219,10 @@ def _shown(reported: Mapping[str, Any]) -> Progress:
 
 def metrics(history: list[dict[str, Any]]) -> pa.Table:
     """Build the table of metrics from what a command reported; the last report of a step counts."""
-    rows = {entry["step"]: {name: entry.get(name) for name in METRICS.names} for entry in history}
-    return pa.Table.from_pylist([rows[step] for step in sorted(rows)], schema=METRICS)
+    terms = sorted({name for entry in history for name in entry if name.startswith(TERM)})
+    schema = pa.schema([*METRICS, *(pa.field(name, pa.float64()) for name in terms)])
+    rows = {entry["step"]: {name: entry.get(name) for name in schema.names} for entry in history}
+    return pa.Table.from_pylist([rows[step] for step in sorted(rows)], schema=schema)
 
 
 def _take_checkpoint(left: Path, files: StageFiles, log: Path) -> None:

@@ -3,6 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_schemas import TrainingFeatures
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """The features that a stage collects while it trains.
+
+    Attributes:
+        settings: Projection, layers and objective.
+        store: The gradient store to write.
+        table: The table of all groups to write.
+    """
+
+    settings: TrainingFeatures
+    store: Path
+    table: Path
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageFiles:
@@ -23,6 +40,7 @@ class StageFiles:
         logs: Directory for the files of trackers.
         rollouts: Stored rollouts of the pool, which ``training.draw`` learns pass rates from.
         belief: Belief table of the stage before.
+        features: The features to collect; None for none.
     """
 
     policy: Path
@@ -37,3 +55,4 @@ class StageFiles:
     logs: Path | None = None
     rollouts: Path | None = None
     belief: Path | None = None
+    features: FeaturePlan | None = None

@@ -36,6 +36,7 @@ from cropi_core.errors import ConfigError, DataError, SelectionError
 from cropi_core.gradients import save_moments, second_moments
 from cropi_core.policy import (
     ADAPTER,
+    Checkpoint,
     attach,
     checkpoint_files,
     end_tokens,
@@ -63,6 +64,7 @@ from cropi_core.selection import (
 from cropi_core.training.arguments import trainer_arguments
 from cropi_core.training.command import run_command
 from cropi_core.training.draws import STATE, Draws
+from cropi_core.training.features import FeatureCollector
 from cropi_core.training.files import StageFiles
 from cropi_core.training.metrics import TrainingError, metrics_table, reward_summary, token_counts, used_up
 from cropi_core.training.ranks import Processes
@@ -190,6 +192,9 @@ def _optimize(
         arguments.max_steps = step_of(start)
     with tracker_files(files.logs):
         trainer = build_trainer(model, stage.tokenizer, arguments, stage, watch, files.reference, carried)
+        if files.features is not None:
+            trainer.collector = _collector(trainer, files)
+            trainer.add_callback(trainer.collector)
         try:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         except (RuntimeError, MemoryError) as error:
@@ -201,6 +206,23 @@ def _optimize(
                 f"{runtime.generation_rows}, which change no result, and run the same command again"
             ) from error
     return trainer
+
+
+def _collector(trainer: StageTrainer, files: StageFiles) -> FeatureCollector:
+    """Prepare the collection of features, whose files are among those that a resumed stage finds."""
+    assert files.features is not None
+    settings = files.features.settings
+    return FeatureCollector(trainer, settings.projection, files.scratch / "features", settings.layers)
+
+
+def _features(trainer: StageTrainer, files: StageFiles) -> dict[str, Any]:
+    """Write the features that a stage collected, and return what the summary says of them."""
+    if files.features is None or trainer.collector is None:
+        return {}
+    plan = files.features
+    policy = Checkpoint(files.out).content_digest()
+    found = trainer.collector.gather(plan.store, plan.table, plan.settings.objective, policy)
+    return {"features": found}
 
 
 def _history(checkpoint: Path) -> list[dict[str, Any]]:
@@ -267,6 +289,7 @@ def _publish(
         write_belief(draws.belief, samples, files.metrics.with_name(BELIEF_FILE))
         write_parquet(draws.table(), files.metrics.with_name(GROUPS_FILE))
         tokens["tokens_generated"] += drawn["tokens_dropped"]
+    collected = _features(trainer, files)
     if not files.keep_scratch:
         shutil.rmtree(files.scratch)
     return {
@@ -277,6 +300,7 @@ def _publish(
         "epochs": batches * training.prompts_per_step / prompts,
         **reward_summary(table),
         **drawn,
+        **collected,
         **({"ended": ended} if ended else {}),
         "loss_type": objective.loss_type,
         "start": training.start,

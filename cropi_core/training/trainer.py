@@ -22,6 +22,7 @@ from cropi_core.random_bits import key64
 from cropi_core.rewards import Grade, Item, Verifier
 from cropi_core.rollouts import Completion, sample_completions
 from cropi_core.training.draws import STATE, Draws, Group, group_of
+from cropi_core.training.features import FeatureCollector
 from cropi_core.training.metrics import TERM, TrainingError, check_finite, step_metrics, used_up
 from cropi_core.training.ranks import ALONE, Processes
 from data_schemas import Sampling, Training
@@ -322,10 +323,12 @@ class StageTrainer(GRPOTrainer):
     Attributes:
         carried: Checkpoint directory from which the optimizer state is continued; None for a new one.
         carried_steps: Optimizer steps that state has seen.
+        collector: What collects features of the trained prompts; None if nothing does.
     """
 
     carried: Path | None = None
     carried_steps: int = 0
+    collector: FeatureCollector | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create it with the state that is carried; a resume inside the stage loads its own over that."""

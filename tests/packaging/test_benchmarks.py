@@ -39,6 +39,23 @@ BENCHMARKS: dict[str, tuple[list[str], set[str]]] = {
         }
         | {"speedup_over_recipe_and_dense", "bfloat16", "prompts", "k"},
     ),
+    "training_features": (
+        [
+            "--prompts",
+            "2",
+            "--samples",
+            "2",
+            "--micro-batch",
+            "4",
+            "--repeats",
+            "1",
+            "--k",
+            "64",
+            "--layers",
+            "all",
+        ],
+        {"policy", "prompts", "samples", "tokens", "layers", "all"},
+    ),
     "long": (
         ["--tokens", "40"],
         {"policy", "gb_limit", "lengths", "growth_by_way", "peak_growth_by_doubling"},

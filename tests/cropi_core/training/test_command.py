@@ -37,7 +37,8 @@ assert os.environ["CROPI_OUT"] == out and os.environ["CROPI_PROMPTS"] == prompts
 assert not any(name.startswith("PREFECT_") for name in os.environ)
 print("hello from the trainer", flush=True)
 for step in (1, 2):
-    print("cropi-progress", json.dumps({"step": step, "steps": 2, "reward": step / 4}), flush=True)
+    told = {"step": step, "steps": 2, "reward": step / 4, "rewards": {"format": step / 2, "answer": None}}
+    print("cropi-progress", json.dumps(told), flush=True)
 for name in ("config.json", "model.safetensors"):
     shutil.copy(pathlib.Path(policy, name), out)
 """
@@ -87,6 +88,7 @@ def test_a_command_gets_the_prompts_by_rank_and_its_checkpoint_becomes_the_polic
     ]
     assert (summary["steps"], summary["prompts"], summary["version"]) == (2, 3, "1")
     assert (summary["first_quarter_reward"], summary["last_quarter_reward"]) == (0.25, 0.5)
+    assert summary["reward_terms"] == {"format": [0.5, 1.0]}
     table = pq.read_table(files.metrics).to_pydict()
     assert (table["step"], table["reward"], table["loss"]) == ([1, 2], [0.25, 0.5], [None, None])
     weights = load_file(files.out / "model.safetensors")
@@ -177,6 +179,10 @@ def test_lines_that_are_not_progress_stay_output():
         "steps": 4,
         "reward": 0.5,
     }
+    several = progress_of(
+        'cropi-progress {"step": 2, "rewards": {"format": 1, "answer": NaN, "length": "x"}}'
+    )
+    assert several == {"step": 2, "steps": 2, "reward_term_format": 1}
     assert progress_of('cropi-progress {"step": 2, "reward": NaN, "loss": "x"}') == {"step": 2, "steps": 2}
     bar = ' 50%|#####     | 1/2 [00:01<00:01]cropi-progress {"step": 1, "steps": 2} 100%|####'
     assert progress_of(bar) == {"step": 1, "steps": 2}

@@ -1,5 +1,6 @@
 """Features from the passes of training equal those that the gradients step computes for the same completions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,15 @@ from cropi_core.gradients.store import GradientStore
 from cropi_core.gradients.trained import gather_passes
 from cropi_core.policy.checkpoint import Checkpoint
 from cropi_core.policy.loading import load_policy
+from cropi_core.progress import Progress
 from cropi_core.training.features import FeatureCollector
+from cropi_core.training.files import FeaturePlan
+from cropi_core.training.stage import train
 from data_schemas.gradients import Gradients, Objective, Projection
 from data_schemas.runtime import Runtime
+from data_schemas.steps import TrainingFeatures
 from tests.support.models import random_rollouts, save_tiny
+from tests.support.training import arguments_of, digest, run, write_policy, write_tables
 
 LONGEST = 12
 SKETCH = Projection(k=256, min_side=8, dtype="float32")
@@ -158,3 +164,34 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path):
     positions = trainer_on(rollouts, save_tiny(tmp_path / "gpt2", "gpt2"), tmp_path / "out")
     with pytest.raises(ProjectionError, match="is not that of single prompts"):
         collected(tmp_path, positions, SKETCH)
+
+
+def test_an_interrupted_stage_leaves_the_features_of_an_uninterrupted_one(tmp_path):
+    """And the policy of a stage without features, to the byte."""
+    write_policy(tmp_path / "policy", seed=0)
+    write_tables(tmp_path)
+
+    def plan(name: str) -> FeaturePlan:
+        settings = TrainingFeatures(projection=Projection(k=64, min_side=4), objective=Objective())
+        return FeaturePlan(settings, tmp_path / name / "features.zarr", tmp_path / name / "features.parquet")
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 5:
+            raise KeyboardInterrupt
+
+    summary, whole = run(tmp_path, "whole", features=plan("whole"))
+    _, plain = run(tmp_path, "plain")
+    arguments = arguments_of(tmp_path, "stopped")
+    arguments["files"] = replace(arguments["files"], features=plan("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        train(**arguments, report=stop)
+    resumed, again = run(tmp_path, "stopped", features=plan("stopped"))
+    assert resumed["resumed_from_step"] == 4
+    assert digest(again) == digest(whole)
+    assert resumed["features"] == summary["features"]
+    assert summary["features"]["groups"] == 24
+    features = {name for name in digest(whole) if name.startswith("features")}
+    assert {name: value for name, value in digest(whole).items() if name not in features} == digest(plain)
+    rows = pq.read_table(whole / "features.parquet").to_pylist()
+    assert [row["policy_step"] for row in rows] == [row["step"] - 1 for row in rows]
+    assert any(row["cosine"] is not None for row in rows)
