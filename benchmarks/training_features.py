@@ -9,6 +9,7 @@ group has a gradient: the most that features can cost. A ratio is of the medians
 """
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -137,6 +138,7 @@ def main() -> None:
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory() as work:
             figures[layers] = measure(arguments, layers, Path(work))
+    print(json.dumps(figures, indent=1))
     write_figures(figures, arguments.json)
 
 
