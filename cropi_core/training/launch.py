@@ -13,12 +13,14 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,16 @@ SHARDED = {
 
 
 HERE = "this machine"
+WARNING = re.compile(r"(\[rank\d+\]:)?\[W\d")
+"""Begins a warning of torch, which is never why a process ended."""
 PASSED_ON = ("PYTHONPATH", "PYTHONSAFEPATH", "ACCELERATE_USE_CPU", "HF_HUB_OFFLINE")
 """Variables that another machine's processes get; the others are those of its shell, credentials included."""
 RULES = (ALLOWED, COMMANDS)
 """Variables with the operator's rules for code, which apply to every process of a stage."""
 LAST_WORDS_S = 3.0
 """Seconds in which a machine that failed together with another one can say why, before it is ended."""
+SILENCE_S = 1800
+"""Seconds for which a process waits for another one; TRL's default for ``ddp_timeout``."""
 ENDING_S = 20.0
 """Seconds after which the shell of another machine is killed, if it does not end with its input."""
 
@@ -309,8 +315,18 @@ def _files(plain: dict[str, Any]) -> StageFiles:
 
 
 def _last(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = log.read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not WARNING.match(line)]
     return lines[-1][:400] if lines else "nothing was printed"
+
+
+def _join(runtime: Runtime, count: int) -> None:
+    """Connect the processes on the CPU, where transformers (5.23) does not apply ``runtime.trl.ddp_timeout``."""
+    if count > 1 and pick_device(runtime.device).type == "cpu":
+        from torch.distributed import init_process_group
+
+        seconds = runtime.trl.ddp_timeout or SILENCE_S
+        init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 
 def main(job: Path) -> int:
@@ -338,6 +354,7 @@ def main(job: Path) -> int:
     arguments["files"] = _files(arguments["files"])
     arguments |= {name: section.model_validate(arguments[name]) for name, section in SECTIONS.items()}
     try:
+        _join(arguments["runtime"], count)
         summary = train(**arguments, report=channel.send_progress)
     except CropiError as error:
         channel.send({"error": str(error)})

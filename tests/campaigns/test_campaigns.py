@@ -2,12 +2,15 @@
 
 import importlib
 import os
+import subprocess
 import time
 
 import pytest
 from s3fs import S3FileSystem
 
 from tests.campaigns.ledger import Ledger
+from tests.support import hosts
+from tests.support.paths import CHECKOUT
 
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
@@ -44,6 +47,22 @@ def test_the_first_cases_of_a_campaign_are_ok(name, tmp_path):
             break
     assert not ledger.summary()["failures"]
     assert ledger.outcomes
+
+
+def test_a_host_that_is_lost_while_two_train_is_named_and_the_stage_resumes(tmp_path):
+    if why := hosts.missing():
+        pytest.skip(why)
+    command = hosts.inside("tests.campaigns.hosts", "--count", "1", "--root", str(tmp_path))
+    done = subprocess.run(
+        command,
+        env=os.environ | {"CROPI_CAMPAIGN_HUB": "1"},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"resumed from step' in done.stdout
 
 
 def test_a_campaign_resumes_after_its_last_whole_line(tmp_path):

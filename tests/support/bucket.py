@@ -23,17 +23,17 @@ CREDENTIALS = {
 class Server:
     """The process of the server."""
 
-    def __init__(self, folder: Path, port: str = "0", **environment: str) -> None:
+    def __init__(self, folder: Path, port: str = "0", *, host: str = "127.0.0.1", **environment: str) -> None:
         self.log = folder / "server.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port],
+                [sys.executable, "-m", "moto.server", "-H", host, "-p", port],
                 stdout=out,
                 stderr=out,
                 env=os.environ | environment,
             )
         deadline = time.monotonic() + 500
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())):
+        while not (found := re.search(rf"http://{re.escape(host)}:\d+", self.log.read_text())):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)

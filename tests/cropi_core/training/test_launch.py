@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("trl", reason="training needs the extra `train`")
 
 from cropi_core.errors import ConfigError
 from cropi_core.progress import Progress
-from cropi_core.training.launch import command_lines, launched, main, remote_command
+from cropi_core.training.launch import _join, command_lines, launched, main, remote_command
 from cropi_core.training.metrics import TrainingError
 from cropi_core.training.ranks import Processes
 from data_schemas.runtime import Launch
 from data_schemas.training import Training
+from data_schemas.trl import TrlRuntime
 from tests.support import processes
 from tests.support.servers import gone, left_of
 from tests.support.training import CPU, SMALL, arguments_of, digest, rows_of, write_policy, write_tables
@@ -188,3 +190,18 @@ def test_too_few_processes_and_a_root_that_a_machine_does_not_reach_are_errors(
 def test_a_process_trains_its_part_of_a_batch():
     parts = [Processes(3, rank).share(list(range(6))) for rank in range(3)]
     assert parts == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_processes_on_the_cpu_wait_for_one_another_as_long_as_they_are_told(monkeypatch):
+    """transformers passes ``ddp_timeout`` on for GPUs only, and a cable that is cut would be waited for without end."""
+    joined = []
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, timeout: joined.append((backend, timeout))
+    )
+    _join(CPU.model_copy(update={"trl": TrlRuntime(ddp_timeout=7)}), 2)
+    _join(CPU, 2)
+    _join(CPU, 1)
+    assert [(backend, timeout.total_seconds()) for backend, timeout in joined] == [
+        ("gloo", 7),
+        ("gloo", 1800),
+    ]
