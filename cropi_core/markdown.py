@@ -4,16 +4,27 @@ import html
 import re
 from collections.abc import Sequence
 
+from cropi_core.visible import visible
+
+LONGEST = 2000
+"""Characters of one text that are shown; a line of 10 MB would be a page of 30 MB."""
+
 
 def escaped(text: str) -> str:
-    """Escape a text so that it cannot be markup, HTML, or the end of a table cell."""
-    text = html.escape(" ".join(text.split()), quote=False)
+    """Escape a text so that it is no markup, no HTML and no end of a cell; cut it, show its control characters."""
+    text = html.escape(_one_line(text), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
 
 
 def code(text: str) -> str:
     """Write a path or a key as code; browsers block links to files."""
-    return "`" + cell(" ".join(text.replace("`", "'").split())) + "`"
+    return "`" + cell(_one_line(text.replace("`", "'"))) + "`"
+
+
+def _one_line(text: str) -> str:
+    """Cut a text, put it on one line, and make its control characters visible."""
+    shown = visible(" ".join(text[:LONGEST].split()), lines=False)
+    return shown if len(text) <= LONGEST else f"{shown} … ({len(text):,} characters)"
 
 
 def cell(text: str) -> str:

@@ -27,7 +27,7 @@ from cropi_core.config import changed_config, load_config
 from cropi_core.errors import CropiError
 from cropi_core.importing.artifacts import export_artifact
 from cropi_core.importing.log_formats import read_log
-from cropi_core.markdown import code, markdown_table
+from cropi_core.markdown import code, escaped, markdown_table
 from cropi_core.policy.checkpoint import checkpoint_files, tree_digest
 from cropi_core.report.page import environment
 from cropi_core.runs.records import list_runs, load_run
@@ -336,6 +336,10 @@ TEMPLATE = '<p title="{{ a }}">{{ a|line }}</p><pre>{{ a|block }}</pre><td>{{ a|
 def text(root: Path, draw: random.Random) -> None:
     """Show an attacking text in the terminal, in JSON, in Markdown and in HTML."""
     attack = "".join(draw.choice([*ATTACKS, "word ", "\n"]) for _ in range(draw.randint(1, 6)))
+    if draw.random() < 0.02:  # a line of a megabyte: pages show its beginning
+        attack *= 1 + (1 << 20) // (len(attack) or 1)
+        assert len(escaped(attack)) + len(code(attack)) < 40_000
+    assert not any(ord(sign) < 32 for sign in escaped(attack) + code(attack))
     shown = for_terminal(attack)
     assert not any((ord(sign) < 32 and sign not in "\n\t") or 127 <= ord(sign) < 160 for sign in shown), shown
     shown.encode()

@@ -75,3 +75,13 @@ def test_an_evaluation_has_a_row_a_set():
     assert [row["set"] for row in rows] == ["goal", "other"]
     assert rows[1]["accuracy"] == "nan"
     assert all(row["origin"] == "cached" and row["slot"] == "evaluation@1" for row in rows)
+
+
+def test_a_line_of_a_megabyte_is_cut_and_its_control_characters_are_visible():
+    """What a verifier, an error or a note says may be of any length; a page shows its beginning."""
+    text = "<script>\x1b[2J\u202e" * 100_000
+    for shown in (escaped(text), code(text)):
+        assert len(shown) < 10_000
+        assert shown.isprintable()
+        assert f"({len(text):,} characters)".replace("(", "").replace(")", "") in shown
+    assert "<" not in escaped(text)
