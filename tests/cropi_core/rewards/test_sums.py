@@ -109,7 +109,9 @@ def test_rollouts_and_evaluations_keep_the_terms(prompts, tmp_path):
     ref = import_artifact(Store(tmp_path / "root"), "rollouts", tmp_path / "r")
     imported = read_rollouts(Store(tmp_path / "root").directory(ref.key) / "parts")
     assert imported["reward_terms"].to_pylist() == [row["reward_terms"] for row in rows]
-    merged = merge_rollouts(tmp_path / "r", tmp_path / "exact", tmp_path / "merged", {})
+    merged = merge_rollouts(
+        tmp_path / "r", tmp_path / "exact", tmp_path / "merged", {row["prompt_id"]: "x" for row in rows}
+    )
     assert set(merged["mean_reward_terms"]) == {"exact"}
     files = EvaluationFiles(
         completions=tmp_path / "c.parquet", accuracy=tmp_path / "a.json", scratch=tmp_path / ".scratch"
