@@ -156,6 +156,7 @@ def test_a_run_cancelled_in_the_ui_leaves_no_process_and_resumes_when_retried(de
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_failed_run_that_is_retried_resumes_inside_the_failed_step(desk: Desk):
     rollouts = tiny_config().rollouts.model_dump() | {"shard_prompts": 1}
     config = tiny_config(name="failed", seed=7, rollouts=rollouts, runtime=SUBPROCESSES)

@@ -23,6 +23,7 @@ def contents(path: Path) -> tuple[list, str, set[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_the_second_home_starts_from_a_copy_with_the_same_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

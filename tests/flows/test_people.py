@@ -230,6 +230,7 @@ def test_a_run_whose_process_is_killed_is_recorded_as_crashed_and_notified(offic
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_after_a_kill_of_the_command_its_next_start_records_the_run_as_crashed(tmp_path: Path, known: Path):
     root, port = shutil.copytree(known, tmp_path / "root"), free_port()
     training = tiny_config().training.model_dump() | {"steps": 4000}

@@ -186,6 +186,7 @@ def test_a_stop_inside_a_step_leaves_no_process_and_the_run_resumes(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_server_that_dies_ends_the_command_and_the_run(tmp_path: Path, known: Path):
     served = Served(shutil.copytree(known, tmp_path / "root"), free_port(), tmp_path / "out")
     try:

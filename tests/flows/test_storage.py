@@ -30,6 +30,7 @@ def at(tmp_path, monkeypatch):
     store_at.cache_clear()
 
 
+@pytest.mark.extended
 def test_a_step_again_on_a_machine_that_has_nothing(s3_server, at):
     url = new_bucket()
     at("one")

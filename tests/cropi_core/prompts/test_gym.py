@@ -255,6 +255,7 @@ def test_plain_expressions():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_every_task_of_the_package_is_scored_in_the_worker_as_it_scores_itself(verifier):
     from reasoning_gym.factory import DATASETS
 
