@@ -445,4 +445,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the parent has ended, and nobody reads the replies
+        os._exit(1)

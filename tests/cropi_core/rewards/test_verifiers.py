@@ -256,6 +256,25 @@ def test_a_hanging_worker_ends_by_its_own_alarm_and_an_idle_one_by_the_end_of_it
         worker.stdout.close()
 
 
+def test_a_worker_whose_parent_ended_before_its_first_reply_says_nothing():
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "cropi_core.rewards.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert worker.stdin
+    assert worker.stdout
+    assert worker.stderr
+    worker.stdout.close()
+    config = {"memory_mb": 512, "alarm": 0.5, "imported": [], "functions": {}, "limits": {}}
+    worker.stdin.write(f"{json.dumps(config)}\n".encode())
+    worker.stdin.close()
+    with worker.stderr:
+        assert worker.stderr.read() == b""
+    assert worker.wait(500) == 1
+
+
 def test_a_worker_outlives_the_thread_that_started_it_or_is_replaced_unseen():
     verifier = Verifier()
     thread = threading.Thread(target=lambda: verifier.grade("exact", "a", "a"))
