@@ -447,5 +447,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the parent has ended, and nobody reads the replies
+    except BrokenPipeError:  # the parent has ended, and no process reads the replies
         os._exit(1)

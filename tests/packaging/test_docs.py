@@ -65,7 +65,8 @@ ELSEWHERE = {  # what cannot be run here, and who does
     "cropi study acceleration": "hours; tests/flows/test_study.py runs small ones",
     "cropi study acceleration --root /data/study --write docs/background/evidence/acceleration.md": "hours",
     "cropi study acceleration --root /data/study --tabulate": "hours",
-    "cropi study acceleration --root /data/cost --arm full --arm near --arm near_mixed --arm text --arm oracle "
+    "cropi study acceleration --root /data/cost --arm full --arm near --arm half --arm half_mixed --arm half_again "
+    "--arm text --arm oracle "
     "--write docs/background/evidence/cheaper-selection.md": "hours",
     "python benchmarks/acceleration.py --root /data/cost": "hours",
     "cropi study gym-smollm2 --root /data/gym --write docs/background/evidence/gym-smollm2.md": "vLLM, an hour",
