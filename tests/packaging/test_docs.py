@@ -129,9 +129,12 @@ ELSEWHERE = {  # what cannot be run here, and who does
             "python -m tests.campaigns.servers --count 300 --root /data/servers",
             "python -m tests.campaigns.load --count 50 --kill --root /data/load",
             "python -m tests.campaigns.pool --count 1000000 --root /data/pool",
+            "python -m tests.campaigns.hosts --root /data/hosts",
         ],
         "an hour each; tests/campaigns/test_campaigns.py runs the first cases",
     ),
+    "prefect work-pool update cropi --base-job-template FILE": "a pool of SLURM; tests/flows/test_slurm.py creates one",
+    "prefect flow-run execute": "a job of a worker; tests/flows/test_slurm.py",
     "prefect server start": "tests/flows/test_shared_server.py",  # the first of two, for PostgreSQL
 }
 
