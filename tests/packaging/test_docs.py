@@ -171,11 +171,11 @@ class Reader:
         return Store(self.root)
 
     def record(self):
-        """The run that came furthest."""
+        """The run that came furthest, one that has ended if there is one: another may still be working."""
         if not list_runs(self.store()):
             self.run("cropi run configs/demo.yaml")  # where the page that does it is not run
         records = [load_run(self.store(), name) for name in list_runs(self.store())]
-        return max(records, key=lambda record: len(record.slots))
+        return max(records, key=lambda record: (record.status == "done", len(record.slots)))
 
     def selection(self) -> str:
         """The run of `cropi select`, and a policy that was trained since."""
