@@ -41,6 +41,8 @@ class Scorer:
         self.run = run
         self.config = run.config
         self.sampler = sampler
+        self._scores = run.config.scores.model_copy(update={"pool_features": "computed"})
+        """Settings of every scoring; where the pool's features are from, its inputs say."""
         self._scored: tuple[ArtifactRef, ArtifactRef] | None = None
         """Rollouts and gradients of the pool at the stage before."""
 
@@ -223,8 +225,7 @@ class Scorer:
             )
             return None
         spot_scores = self._score(stage, gradients, prompts, spot=fresh)
-        compared = config.scores.model_copy(update={"pool_features": "computed"})
-        settings = DiagnosticsSettings(scores=compared, ratio=config.selection.ratio, seed=config.seed)
+        settings = DiagnosticsSettings(scores=self._scores, ratio=config.selection.ratio, seed=config.seed)
         return self.run.step(
             "diagnostics", f"diagnostics@{stage}", settings, {"scores": scores, "spot": spot_scores}
         )
@@ -249,8 +250,7 @@ class Scorer:
         inputs = {"train": spot or gradients["pool"]}
         inputs |= {f"validation.{name}": gradients[name] for name in self.config.data.validation}
         inputs |= {"halves": halves} if halves else {}
-        scores = self.config.scores.model_copy(update={"pool_features": "computed"})  # the inputs say it
-        slot = f"scores@{stage}"
+        scores, slot = self._scores, f"scores@{stage}"
         if spot:  # compares measured scores only
             scores, slot = scores.model_copy(update={"neighbours": 0}), f"scores/spot@{stage}"
         previous = None if spot else self._remembered(stage)

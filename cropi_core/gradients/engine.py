@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from cropi_core.errors import ProjectionError
 from cropi_core.gradients.attention import NAME, attending
-from cropi_core.gradients.hooks import HeadHook, Hook, Pass, module_hook
+from cropi_core.gradients.hooks import HeadHook, Hook, Pass, module_hook, uncovered
 from cropi_core.gradients.layers import parameter_names
 from cropi_core.gradients.lm_head import Head, Weigh
 from cropi_core.gradients.packing import Pack
@@ -76,10 +76,7 @@ class FeatureEngine:
         covered = {name for module in self.model.modules() for name in self._attach(module)}
         if missing := sorted(set(trained) - covered):
             self.close()
-            raise ProjectionError(
-                f"no hook covers the parameters {', '.join(missing)}, so their gradient would be missing. "
-                "Freeze them to exclude them"
-            )
+            raise uncovered(missing)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -11,7 +11,7 @@ in the passes of a trainer:
 A hook holds no state of a pass. The gradient of a weight matrix is never formed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -224,6 +224,14 @@ def module_hook(
 
 
 @torch.no_grad()
+def uncovered(names: Sequence[str]) -> ProjectionError:
+    """Return the error for parameters that train and that no hook covers."""
+    return ProjectionError(
+        f"no hook covers the parameters {', '.join(names)}, so their gradient would be missing. "
+        "Freeze them to exclude them"
+    )
+
+
 def embedding_scale(module: nn.Embedding) -> float:
     """Return the factor an embedding multiplies its rows by: 1, or √d in Gemma.
 

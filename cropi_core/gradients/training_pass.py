@@ -31,6 +31,7 @@ from cropi_core.gradients.hooks import (
     Pass,
     Spans,
     module_hook,
+    uncovered,
 )
 from cropi_core.gradients.layers import parameter_names
 from cropi_core.gradients.lm_head import Head
@@ -80,10 +81,7 @@ class TrainingPass:
         covered = {name for module in self.model.modules() for name in self._attach(module)}
         if missing := sorted(set(trained) - covered):
             self.close()
-            raise ProjectionError(
-                f"no hook covers the parameters {', '.join(missing)}, so their gradient would be missing. "
-                "Freeze them to exclude them"
-            )
+            raise uncovered(missing)
 
     def close(self) -> None:
         """Remove the hooks."""
