@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cropi_core.rollouts.vllm.client import Job, Vocabulary
 from cropi_core.rollouts.vllm.fleet import Endpoint, Fleet
 from data_schemas import Sampling, Vllm
 from tests.campaigns.ledger import Case, main
+from tests.support.http_peer import Answering, serving
 
 SAMPLING = Sampling(samples=2, max_new_tokens=3)
 VOCABULARY = Vocabulary(100, 100, (2,))
@@ -81,7 +82,7 @@ class Peer:
         self.lock, self.release = threading.Lock(), threading.Event()
         peer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answering, BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with peer.lock:
@@ -125,20 +126,8 @@ class Peer:
                 else:
                     self.say(*wrong(way, body, peer.draw))
 
-            def say(self, status, raw):
-                self.send_response(status)
-                self.send_header("content-length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None  # connections that this server has closed
+        self.server = serving(Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
         self.release.set()

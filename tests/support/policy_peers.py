@@ -2,12 +2,13 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cropi_core.rollouts.sampling import sample_completions
 from data_schemas import Sampling
+from tests.support.http_peer import Answering, serving
 
 ONE = threading.Lock()
 """Torch samples for one request at a time."""
@@ -38,7 +39,7 @@ class PolicyPeer:
         self.asked, self.sampled = 0, 0
         peer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answering, BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with ONE:
@@ -51,20 +52,8 @@ class PolicyPeer:
             def do_GET(self):
                 self.say(200, b"{}")
 
-            def say(self, status, raw):
-                self.send_response(status)
-                self.send_header("content-length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None
+        self.server = serving(Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def changed(self) -> bool:
